@@ -1,0 +1,1 @@
+"""Configuration: typed models, YAML loading, messages, and the runnable recipes beside this file."""

@@ -1,0 +1,1 @@
+"""Diptych: corpora."""
