@@ -1,0 +1,63 @@
+"""Exponential moving average of the weights, for evaluation and export (Polyak and Juditsky, 1992)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Running average of a module's parameters and float buffers; integer buffers are copied.
+
+    The decay of update t (from 0) is ``min(decay, (1 + t) / (10 + t))``, so that early averages are not held
+    by the initial weights. All ranks hold the same weights, so each averages for itself and no communication
+    is needed.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        assert 0 < decay < 1
+        self.decay = decay
+        self.updates = 0
+        self._average = {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the module's present weights; call after every optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        floats: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, value in module.state_dict().items():
+            average = self._average[name]
+            if value.is_floating_point():
+                floats[0].append(average)
+                floats[1].append(value)
+            else:
+                average.copy_(value)
+        torch._foreach_lerp_(floats[0], floats[1], 1 - decay)
+        self.updates += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged state dict, under the module's own names (not a copy)."""
+        return dict(self._average)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module with the averaged weights inside the block; its own weights come back at the end, also
+        after an error."""
+        own = {name: t.detach().clone() for name, t in module.state_dict().items()}
+        module.load_state_dict(self._average)
+        try:
+            yield module
+        finally:
+            module.load_state_dict(own)
+
+    def state_dict(self) -> dict[str, int | float]:
+        """Counters (JSON); the weights are saved apart, from ``weights()``."""
+        return {"decay": self.decay, "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, int | float], weights: Mapping[str, Tensor]) -> None:
+        """Take counters and weights back. ``weights`` must have exactly the module's names."""
+        assert weights.keys() == self._average.keys(), "the averaged weights belong to another model"
+        self.updates = int(state["updates"])
+        for name, value in weights.items():
+            self._average[name].copy_(value)

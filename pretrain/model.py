@@ -1,0 +1,215 @@
+"""The dual encoder as it is trained and as it is used.
+
+``ContrastiveModel`` is the root that DDP wraps: a packed batch in, normalised features out. ``load_model``
+opens any checkpoint for inference. Towers and weights are open_clip's (``towers``, ``weights``).
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CustomTextCLIP
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configs.errors import UserError
+from ..data.text import Tokenizer, build_tokenizer
+from . import weights
+from .lean_vision import encode_image
+from .packing import encode_text, pad_text, supports_packing
+from .sync_batchnorm import synchronise_batchnorm
+from .towers import ModelConfig, build_model, open_clip_config
+
+__all__ = [
+    "ContrastiveModel",
+    "LoadedModel",
+    "ModelConfig",
+    "build_model",
+    "clamp_logit_scale",
+    "load_model",
+    "open_clip_config",
+]
+log = logging.getLogger(__name__)
+
+
+class ContrastiveModel(nn.Module):
+    """Images and packed captions to normalised features; state lives in ``clip``, an open_clip model."""
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, clip: CustomTextCLIP, *, pad_id: int | None = None) -> None:
+        """``pad_id`` is the tokenizer's padding id, used only by text towers that cannot be packed."""
+        super().__init__()
+        self.clip = clip
+        self.pad_id = pad_id
+        self.channels_last = not isinstance(clip.visual, VisionTransformer) and _has_convolutions(clip.visual)
+        if self.channels_last:
+            clip.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        preprocess: dict[str, Any] = clip.visual.preprocess_cfg  # type: ignore[assignment]
+        for name in ("mean", "std"):  # buffers in units of uint8 pixels; not saved: the config carries them
+            value = 255 * torch.tensor(preprocess[name], dtype=torch.float64)
+            dtype = next(clip.parameters()).dtype
+            self.register_buffer(f"image_{name}", value.to(dtype).view(1, 3, 1, 1), persistent=False)
+        if reason := supports_packing(clip.text):
+            log.info("captions run padded: %s", reason)
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Features of one local batch.
+
+        batch: ``image`` uint8 [b, 3, S, S] (or normalised floats), ``token_ids`` int32 [sum], ``seq_lens``
+        int32 [b]. Returns ``image_features`` and ``text_features`` [b, D], L2-normalised in fp32 at least,
+        ``logit_scale`` (exponentiated, scalar) and, where the model has one, ``logit_bias``.
+        """
+        out = {
+            "image_features": self.encode_image(batch["image"]),
+            "text_features": self.encode_text(batch["token_ids"], batch["seq_lens"]),
+            "logit_scale": self.clip.logit_scale.exp(),
+        }
+        if self.clip.logit_bias is not None:
+            out["logit_bias"] = self.clip.logit_bias
+        return out
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Normalised features [b, D] of uint8 pixels or already normalised floats, [b, 3, S, S]."""
+        return _normalise(encode_image(self.clip.visual, self.pixels(image)))
+
+    def encode_text(self, token_ids: Tensor, seq_lens: Tensor) -> Tensor:
+        """Normalised features [b, D] of packed captions."""
+        return _normalise(encode_text(self.clip.text, token_ids, seq_lens, pad_id=self.pad_id))
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 pixels as normalised floats on the model's device; floats pass unchanged."""
+        image = image.to(self.image_mean.device, non_blocking=True)
+        if image.dtype == torch.uint8:
+            image = (image - self.image_mean) / self.image_std
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+    def synchronise(self) -> None:
+        """Make batch statistics those of the global batch; does nothing in a run of one process."""
+        synchronise_batchnorm(self.clip)
+
+
+def _normalise(features: Tensor) -> Tensor:
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.to(dtype), dim=-1)
+
+
+def _has_convolutions(module: nn.Module) -> bool:
+    """Whether convolutions are more than a patch embedding."""
+    return sum(isinstance(m, nn.Conv2d) for m in module.modules()) > 1
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: nn.Module) -> None:
+    """Keep logit_scale in [0, ln 100] (CLIP, section 2.5); call after every optimizer step."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] == "logit_scale":
+            parameter.clamp_(0, math.log(100))
+
+
+class LoadedModel:
+    """A checkpoint open for inference, in eval mode and fp32. All methods work without gradients."""
+
+    def __init__(
+        self, clip: CustomTextCLIP, tokenizer: Tokenizer, device: str | torch.device = "cpu"
+    ) -> None:
+        self.clip = clip.to(device).eval()
+        self.tokenizer = tokenizer
+        self.model = ContrastiveModel(self.clip).to(device).eval()
+        self.device = torch.device(device)
+        self.config = open_clip_config(clip)
+        self.embed_dim = int(self.config["model_cfg"]["embed_dim"])
+        size = clip.visual.image_size
+        self.image_size = int(size[0] if isinstance(size, Sequence) else size)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Normalised features float32 [n, D], on the CPU, of uint8 [n, 3, S, S]."""
+        parts = [self.model.encode_image(part).float().cpu() for part in images.split(batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.embed_dim)
+
+    @torch.inference_mode()
+    def encode_captions(self, captions: Sequence[str], batch_size: int = 1024) -> Tensor:
+        """Normalised features float32 [n, D], on the CPU."""
+        parts: list[Tensor] = []
+        for start in range(0, len(captions), batch_size):
+            token_ids, seq_lens = self.tokenizer.pack(captions[start : start + batch_size])
+            parts.append(self.model.encode_text(token_ids, seq_lens).float().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, self.embed_dim)
+
+    @torch.inference_mode()
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """Last layer's patch tokens float32 [n, P, W], normalised by the tower's final norm; for conv towers
+        the cells of the last feature map, row by row."""
+        pixels, visual = self.model.pixels(images), self.clip.visual
+        if isinstance(visual, VisionTransformer):
+            out = visual.forward_intermediates(
+                pixels,
+                indices=1,
+                normalize_intermediates=visual.attn_pool is None,
+                intermediates_only=True,
+                output_fmt="NLC",
+            )
+            return out["image_intermediates"][-1].float()
+        trunk = getattr(visual, "trunk", None)
+        if trunk is None:
+            raise UserError(f"image tokens of {type(visual).__name__} are not supported")
+        tokens = trunk.forward_features(pixels)
+        if tokens.ndim == 4:
+            channels_first = tokens.shape[1] == trunk.num_features
+            tokens = tokens.flatten(2).transpose(1, 2) if channels_first else tokens.flatten(1, 2)
+        else:
+            tokens = tokens[:, getattr(trunk, "num_prefix_tokens", 0) :]
+        return tokens.float()
+
+    @torch.inference_mode()
+    def text_tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Last layer's tokens float32 [n, L, W] after the final norm, L the longest caption's length, and
+        bool [n, L], True for real tokens."""
+        token_ids, seq_lens = self.tokenizer.pack(captions)
+        text, longest = self.clip.text, int(seq_lens.max())
+        padded = pad_text(text, token_ids, seq_lens).to(self.device)
+        if isinstance(text, TextTransformer):
+            out = text.forward_intermediates(
+                padded, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+            )
+            tokens = out["text_intermediates"][-1]
+        else:
+            assert isinstance(text, HFTextEncoder)
+            mask = (padded != text.config.pad_token_id).long()
+            tokens = text.transformer(input_ids=padded, attention_mask=mask).last_hidden_state
+        return tokens[:, :longest].float(), torch.arange(longest, device=self.device) < seq_lens.to(
+            self.device
+        )[:, None]
+
+
+def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Open a model for inference.
+
+    ``path_or_name``: a run folder (its newest finished checkpoint), a checkpoint folder (``local-dir:`` may
+    stand before it), a .safetensors file with its open_clip_config.json beside it, or open_clip's
+    ``ARCH:TAG`` (downloaded). Raises UserError with the reason if it cannot be opened.
+    """
+    name = str(path_or_name)
+    path = Path(name.removeprefix("local-dir:"))
+    arch, colon, tag = name.partition(":")
+    if path.exists():
+        config = ModelConfig(pretrained=name)
+    elif colon and arch in open_clip.list_models():
+        config = ModelConfig(arch=arch, pretrained=tag)
+    else:
+        raise UserError(f"no checkpoint, run or file {path}; or give an open_clip model as ARCH:TAG")
+    if path.is_file() and weights.resolve(name, None).model_cfg is None:
+        raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")
+    clip = build_model(config)
+    text_cfg = clip.model_cfg["text_cfg"]  # type: ignore[index]
+    tokenizer = build_tokenizer(text_cfg.get("hf_tokenizer_name"), int(text_cfg.get("context_length", 77)))
+    return LoadedModel(clip, tokenizer, device)

