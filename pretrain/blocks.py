@@ -10,10 +10,11 @@ Parameters are open_clip's own, in their own modules, under their own names.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -60,9 +61,9 @@ class Sequences:
         return cumulative.to(device, non_blocking=True), max(lengths, default=0)
 
 
-def supports_blocks(transformer: nn.Module) -> str | None:
+def supports_blocks(transformer: Any) -> str | None:
     """None if ``run_blocks`` can run this transformer exactly, else the reason why not."""
-    for block in transformer.resblocks:  # type: ignore[union-attr]
+    for block in transformer.resblocks:
         if type(block) not in (ResidualAttentionBlock, CustomResidualAttentionBlock):
             return f"its blocks are {type(block).__name__}"
         attention = block.attn
@@ -79,18 +80,18 @@ def supports_blocks(transformer: nn.Module) -> str | None:
     return None
 
 
-def run_blocks(transformer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
+def run_blocks(transformer: Any, x: Tensor, sequences: Sequences) -> Tensor:
     """All blocks of an open_clip ``Transformer`` over x [T, width]; returns the pooled tokens [n, width].
 
     Equal to the transformer on each sequence by itself, read at ``sequences.pooled``. Honours
     grad_checkpointing.
     """
     attend = _attention(sequences, x)
-    blocks = list(transformer.resblocks)  # type: ignore[arg-type]
+    blocks = list(transformer.resblocks)
     for i, block in enumerate(blocks):
         pooled = sequences.pooled if i == len(blocks) - 1 else None
         if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(_block, block, x, attend, pooled, use_reentrant=False)  # type: ignore[assignment]
+            x = cast(Tensor, checkpoint(_block, block, x, attend, pooled, use_reentrant=False))
         else:
             x = _block(block, x, attend, pooled)
     return x
@@ -100,7 +101,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(q [T or n, H, d], k [T, H, d], v [T, H, d], whether q holds the pooled tokens only) -> like q."""
 
 
-def _block(block: nn.Module, x: Tensor, attend: Attend, pooled: Tensor | None) -> Tensor:
+def _block(block: Any, x: Tensor, attend: Attend, pooled: Tensor | None) -> Tensor:
     """One pre-norm residual block; with ``pooled`` only those tokens come out."""
     attention = block.attn
     heads: int = attention.num_heads
@@ -163,16 +164,16 @@ def _grouped(sequences: Sequences) -> Attend:
 
 
 def _varlen(sequences: Sequences, device: torch.device) -> Attend:
-    assert varlen_attn is not None
+    kernel = cast(Any, varlen_attn)
     cumulative, longest = sequences.varlen(device)
     ones = torch.arange(len(cumulative), dtype=torch.int32, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, pooled: bool) -> Tensor:
         if pooled:
-            out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ones, cumulative, 1, longest)
+            out = kernel(q.contiguous(), k.contiguous(), v.contiguous(), ones, cumulative, 1, longest)
         else:
             window = (-1, 0) if sequences.causal else (-1, -1)
-            out = varlen_attn(
+            out = kernel(
                 q.contiguous(),
                 k.contiguous(),
                 v.contiguous(),

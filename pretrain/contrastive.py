@@ -57,7 +57,7 @@ class _Layout:
     tile: int
     duplicates: Duplicates
     caption: Tensor | None  # int64 [N]: captions numbered; None where duplicates do not matter
-    caption_size: Tensor | None  # [N]: pairs that share the caption
+    caption_size: Tensor | None  # floats [N]: pairs that share the caption
 
     @property
     def total(self) -> int:
@@ -139,7 +139,7 @@ def _layout(
         assert caption_hash is not None, "duplicates other than negatives need caption_hash"
         everyone = distributed.all_gather_rows(caption_hash.to(image.device), counts, group)
         _, caption, sizes = everyone.unique(return_inverse=True, return_counts=True)
-        size = sizes[caption]
+        size = sizes[caption].to(image.dtype)
         if everyone.numel() == 0 or int(sizes.max()) == 1:
             caption = size = None
     rank = distributed.rank(group)
@@ -187,7 +187,9 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         image, everyone, scale, row, column = ctx.saved_tensors
         layout: _Layout = ctx.layout
         spread = layout.duplicates == "positives" and layout.caption is not None
@@ -238,7 +240,9 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         image, everyone, scale, bias = ctx.saved_tensors
         layout: _Layout = ctx.layout
         with torch.autocast(image.device.type, enabled=False):

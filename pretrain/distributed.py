@@ -96,12 +96,10 @@ def stack(tensor: Tensor, group: Group = None) -> Tensor:
     world = world_size(group)
     if world == 1:
         return tensor[None]
-    tensor = tensor.detach().contiguous()
-    out = tensor.new_empty((world * max(1, tensor.numel()),))
-    if tensor.numel() == 0:
-        return tensor.new_empty((world, *tensor.shape))
-    dist.all_gather_into_tensor(out, tensor.flatten(), group)
-    return out.view(world, *tensor.shape)
+    out = tensor.new_empty((world, *tensor.shape))
+    if tensor.numel():
+        dist.all_gather(list(out.unbind(0)), tensor.detach().contiguous(), group)
+    return out
 
 
 def row_counts(rows: int, device: torch.device | str = "cpu", group: Group = None) -> list[int]:
@@ -139,7 +137,7 @@ def reduce_scatter_rows(full: Tensor, counts: Sequence[int], group: Group = None
         return full
     if full.is_cuda and min(counts) == max(counts):
         out = full.new_empty((counts[0], *full.shape[1:]))
-        dist.reduce_scatter_tensor(out, full.contiguous(), group=group)
+        dist.reduce_scatter(out, list(full.contiguous().split(list(counts))), group=group)
         return out
     start = sum(counts[: rank(group)])
     return all_reduce_sum(full, group)[start : start + counts[rank(group)]]

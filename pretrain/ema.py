@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, for evaluation and export (Polyak and Juditsky, 1992)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,15 +25,11 @@ class Ema:
     def update(self, module: nn.Module) -> None:
         """Take in the module's present weights; call after every optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        floats: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, value in module.state_dict().items():
-            average = self._average[name]
             if value.is_floating_point():
-                floats[0].append(average)
-                floats[1].append(value)
+                self._average[name].lerp_(value, 1 - decay)
             else:
-                average.copy_(value)
-        torch._foreach_lerp_(floats[0], floats[1], 1 - decay)
+                self._average[name].copy_(value)
         self.updates += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -41,7 +37,7 @@ class Ema:
         return dict(self._average)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[nn.Module]:
+    def applied(self, module: nn.Module) -> Generator[nn.Module]:
         """The module with the averaged weights inside the block; its own weights come back at the end, also
         after an error."""
         own = {name: t.detach().clone() for name, t in module.state_dict().items()}

@@ -29,7 +29,7 @@ def encode_image(tower: nn.Module, image: Tensor) -> Tensor:
         )
         pooled = tower.ln_post(run_blocks(tower.transformer, x.flatten(0, 1), sequences))
     else:
-        pooled, _ = tower._pool(tower.transformer(x))
+        pooled, _ = tower._pool(tower.transformer(x))  # pyright: ignore[reportPrivateUsage]
     return pooled if tower.proj is None else pooled @ tower.proj
 
 

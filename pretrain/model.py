@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -184,7 +184,7 @@ class LoadedModel:
             tokens = out["text_intermediates"][-1]
         else:
             assert isinstance(text, HFTextEncoder)
-            mask = (padded != text.config.pad_token_id).long()
+            mask = (padded != cast(Any, text.config).pad_token_id).long()
             tokens = text.transformer(input_ids=padded, attention_mask=mask).last_hidden_state
         return tokens[:, :longest].float(), torch.arange(longest, device=self.device) < seq_lens.to(
             self.device
@@ -210,6 +210,6 @@ def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> 
     if path.is_file() and weights.resolve(name, None).model_cfg is None:
         raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")
     clip = build_model(config)
-    text_cfg = clip.model_cfg["text_cfg"]  # type: ignore[index]
+    text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
     tokenizer = build_tokenizer(text_cfg.get("hf_tokenizer_name"), int(text_cfg.get("context_length", 77)))
     return LoadedModel(clip, tokenizer, device)

@@ -17,6 +17,7 @@ run padded.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from open_clip.hf_model import HFTextEncoder
@@ -94,7 +95,7 @@ def pad_text(tower: nn.Module, token_ids: Tensor, seq_lens: Tensor, pad_id: int 
     attention masks padding, the longest caption's."""
     hf = isinstance(tower, HFTextEncoder)
     if pad_id is None:
-        pad_id = int(tower.config.pad_token_id) if hf else int(getattr(tower, "pad_id", 0))
+        pad_id = int(cast(Any, tower.config).pad_token_id) if hf else int(getattr(tower, "pad_id", 0))
     longest = int(seq_lens.max()) if len(seq_lens) else 1
     return _grid(token_ids.long(), seq_lens, longest if hf else int(tower.context_length), pad_id)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ import copy
 from typing import Any, cast
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -127,7 +127,9 @@ class _GlobalNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         """With xhat = (x - mean) / std: dx = weight / std (dy - mean(dy) - xhat mean(dy xhat)), means over
         all ranks."""
         x, weight, mean, inverse_std, total = ctx.saved_tensors

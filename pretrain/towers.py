@@ -11,6 +11,7 @@ import open_clip
 import timm
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.utils import to_2tuple
 from pydantic import Field
 from torch import nn
 
@@ -79,7 +80,7 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
         hint = " (are its weights downloadable from here?)" if timm_weights else ""
         raise UserError(f"model: open_clip cannot build it{hint}: {error or type(error).__name__}") from error
     _check_timm(model)
-    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), source.preprocess_cfg if source else {})
+    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), (source and source.preprocess_cfg) or {})
     if config.pretrained_image:
         preprocess = merge_preprocess_dict(preprocess, weights.image_preprocess(model.visual))
     chosen = {
@@ -179,11 +180,13 @@ def _check_timm(model: CustomTextCLIP) -> None:
     """What open_clip's timm adapter gets wrong: image sizes that it does not pass on, and trunks with a wider
     head."""
     trunk = getattr(model.visual, "trunk", None)
-    built = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-    if built is not None and tuple(built) != tuple(model.visual.image_size):
+    built: Any = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    size: Any = model.visual.image_size
+    if built is not None and tuple(built) != to_2tuple(size):
         raise UserError(
             f"model.vision_cfg.image_size: this timm model takes {built[0]} pixels, not "
-            f"{model.visual.image_size[0]}; choose another timm model, or spell out layers, width and patch_size for open_clip's own ViT"
+            f"{to_2tuple(size)[0]}; choose another timm model, or spell out "
+            "layers, width and patch_size for open_clip's own ViT"
         )
     proj = getattr(getattr(model.visual, "head", None), "proj", None)
     out = getattr(trunk, "head_hidden_size", None)

@@ -9,7 +9,7 @@ import pickle
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 from open_clip.factory import load_checkpoint, load_state_dict
@@ -106,7 +106,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """State dict of a file, on the CPU, through open_clip's reader without unpickling; UserError if it cannot
     be read."""
     try:
-        return load_state_dict(str(path), device="cpu", weights_only=True)
+        return cast(dict[str, Tensor], load_state_dict(str(path), device="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and is not loaded; save it as .safetensors"
