@@ -91,7 +91,7 @@ def run_blocks(transformer: Any, x: Tensor, sequences: Sequences) -> Tensor:
     for i, block in enumerate(blocks):
         pooled = sequences.pooled if i == len(blocks) - 1 else None
         if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = cast(Tensor, checkpoint(_block, block, x, attend, pooled, use_reentrant=False))
+            x = checkpoint(_block, block, x, attend, pooled, use_reentrant=False)
         else:
             x = _block(block, x, attend, pooled)
     return x
@@ -148,7 +148,11 @@ def _grouped(sequences: Sequences) -> Attend:
             groups, q.split(counts if pooled else tokens), k.split(tokens), v.split(tokens), strict=True
         )
         for group, *qkv in parts:
-            q_, k_, v_ = (t.view(group.count, -1, heads, depth).transpose(1, 2) for t in qkv)
+            lengths = (1 if pooled else group.length, group.length, group.length)
+            q_, k_, v_ = (
+                t.view(group.count, n, heads, depth).transpose(1, 2)
+                for t, n in zip(qkv, lengths, strict=True)
+            )
             mask = group.mask if group.mask is None or not pooled else group.mask[-1:]
             y = F.scaled_dot_product_attention(
                 q_,

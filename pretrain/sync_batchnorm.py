@@ -65,8 +65,9 @@ class _Synchronised(_BatchNorm):
         """x [b, C, *] normalised per channel by the statistics of the global batch (running ones in eval
         mode)."""
         if not self.training:
+            here = self.running_mean is None  # without running statistics a layer takes those of its input
             return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+                x, self.running_mean, self.running_var, self.weight, self.bias, here, 0.0, self.eps
             )
         y, mean, variance, count = cast(
             tuple[Tensor, Tensor, Tensor, Tensor], _GlobalNorm.apply(x, self.weight, self.bias, self.eps)

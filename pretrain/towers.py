@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import open_clip
 import timm
@@ -181,11 +181,11 @@ def _check_timm(model: CustomTextCLIP) -> None:
     head."""
     trunk = getattr(model.visual, "trunk", None)
     built: Any = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-    size: Any = model.visual.image_size
-    if built is not None and tuple(built) != to_2tuple(size):
+    size = cast(Any, to_2tuple(model.visual.image_size))
+    if built is not None and tuple(built) != tuple(size):
         raise UserError(
             f"model.vision_cfg.image_size: this timm model takes {built[0]} pixels, not "
-            f"{to_2tuple(size)[0]}; choose another timm model, or spell out "
+            f"{size[0]}; choose another timm model, or spell out "
             "layers, width and patch_size for open_clip's own ViT"
         )
     proj = getattr(getattr(model.visual, "head", None), "proj", None)
