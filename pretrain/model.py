@@ -24,13 +24,14 @@ from . import weights
 from .lean_vision import encode_image
 from .packing import encode_text, pad_text, supports_packing
 from .sync_batchnorm import synchronise_batchnorm
-from .towers import ModelConfig, build_model, open_clip_config
+from .towers import ModelConfig, build_model, bundle_text, open_clip_config
 
 __all__ = [
     "ContrastiveModel",
     "LoadedModel",
     "ModelConfig",
     "build_model",
+    "bundle_text",
     "clamp_logit_scale",
     "load_model",
     "open_clip_config",
@@ -123,7 +124,7 @@ class LoadedModel:
     ) -> None:
         self.clip = clip.to(device).eval()
         self.tokenizer = tokenizer
-        self.model = ContrastiveModel(self.clip).to(device).eval()
+        self.model = ContrastiveModel(self.clip, pad_id=getattr(tokenizer, "pad_id", None)).to(device).eval()
         self.device = torch.device(device)
         self.config = open_clip_config(clip)
         self.embed_dim = int(self.config["model_cfg"]["embed_dim"])
@@ -207,9 +208,13 @@ def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> 
         config = ModelConfig(arch=arch, pretrained=tag)
     else:
         raise UserError(f"no checkpoint, run or file {path}; or give an open_clip model as ARCH:TAG")
-    if path.is_file() and weights.resolve(name, None).model_cfg is None:
+    source = weights.resolve(str(config.pretrained), config.arch)
+    if path.is_file() and source.model_cfg is None:
         raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")
     clip = build_model(config)
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
-    tokenizer = build_tokenizer(text_cfg.get("hf_tokenizer_name"), int(text_cfg.get("context_length", 77)))
+    tokenizer_name = text_cfg.get("hf_tokenizer_name")
+    if tokenizer_name and source.text_folder is not None:
+        tokenizer_name = str(source.text_folder)
+    tokenizer = build_tokenizer(tokenizer_name, int(text_cfg.get("context_length", 77)))
     return LoadedModel(clip, tokenizer, device)

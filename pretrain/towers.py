@@ -5,10 +5,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import open_clip
 import timm
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.utils import to_2tuple
@@ -75,7 +77,7 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
     _check(model_cfg)
     timm_weights = config.pretrained_image == "timm" and load_weights
     try:
-        model = _construct(model_cfg, pretrained_image=timm_weights)
+        model = _construct(model_cfg, source, pretrained_image=timm_weights)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, ImportError) as error:
         hint = " (are its weights downloadable from here?)" if timm_weights else ""
         raise UserError(f"model: open_clip cannot build it{hint}: {error or type(error).__name__}") from error
@@ -104,6 +106,23 @@ def open_clip_config(model: nn.Module) -> dict[str, Any]:
     preprocessing from it."""
     preprocess = {k: v for k, v in model.visual.preprocess_cfg.items() if k in asdict(PreprocessCfg())}  # type: ignore[union-attr]
     return {"model_cfg": copy.deepcopy(model.model_cfg), "preprocess_cfg": preprocess}
+
+
+def bundle_text(model: nn.Module, folder: Path, tokenizer: str | None = None) -> None:
+    """Write a Hugging Face text tower's config and tokenizer into a checkpoint folder; nothing for other towers.
+
+    open_clip looks for the tokenizer there; ``load_model`` for both, so a checkpoint opens without a network.
+    ``tokenizer`` is its name or folder (default: the one in the model's config).
+    """
+    text = model.text
+    if not isinstance(text, HFTextEncoder):
+        return
+    from transformers import AutoTokenizer
+
+    cast(Any, text.config).save_pretrained(folder)
+    name = tokenizer or open_clip_config(model)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    if name:
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
 
 
 def _model_cfg(config: ModelConfig, source: "weights.Source | None") -> dict[str, Any]:
@@ -163,8 +182,13 @@ def _check(model_cfg: dict[str, Any]) -> None:
         )
 
 
-def _construct(model_cfg: dict[str, Any], *, pretrained_image: bool = False) -> CustomTextCLIP:
-    """open_clip's class from open_clip's config; weights only of a timm trunk, only if asked for."""
+def _construct(
+    model_cfg: dict[str, Any], source: "weights.Source | None", *, pretrained_image: bool
+) -> CustomTextCLIP:
+    """open_clip's class from open_clip's config. Towers fetch weights of their own only without a ``source``.
+
+    ``model_cfg`` is left as a checkpoint should carry it: nothing is fetched where all weights come with it.
+    """
     cfg = copy.deepcopy(model_cfg)
     cfg.pop("custom_text")
     if cfg["vision_cfg"].get("timm_model_name"):
@@ -172,6 +196,10 @@ def _construct(model_cfg: dict[str, Any], *, pretrained_image: bool = False) -> 
         model_cfg["vision_cfg"]["timm_model_pretrained"] = False
     if cfg["text_cfg"].get("hf_model_name"):
         model_cfg["text_cfg"]["hf_model_pretrained"] = False
+        if source is not None:
+            cfg["text_cfg"]["hf_model_pretrained"] = False
+            if source.text_folder is not None:
+                cfg["text_cfg"]["hf_model_name"] = str(source.text_folder)
     cfg["vision_cfg"], cfg["text_cfg"] = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
     return CustomTextCLIP(**cfg)
 

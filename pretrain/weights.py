@@ -31,6 +31,8 @@ class Source:
     model_cfg: dict[str, Any] | None = None
     preprocess_cfg: dict[str, Any] | None = None
     quick_gelu: bool | None = None
+    text_folder: Path | None = None
+    """Where a Hugging Face text tower's config and tokenizer lie, if they came with the weights."""
 
 
 def resolve(pretrained: str, arch: str | None) -> Source:
@@ -87,9 +89,8 @@ def _from_folder(folder: Path) -> Source:
         if not found:
             raise UserError(f"{folder} holds no {MODEL_NAME}")
         file = found[0]
-    if (folder / "config.json").is_file() and config["model_cfg"]["text_cfg"].get("hf_model_name"):
-        config["model_cfg"]["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
-    return Source(file, config["model_cfg"], config.get("preprocess_cfg"))
+    text_folder = folder if (folder / "config.json").is_file() else None
+    return Source(file, config["model_cfg"], config.get("preprocess_cfg"), text_folder=text_folder)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
