@@ -109,7 +109,7 @@ def open_clip_config(model: nn.Module) -> dict[str, Any]:
 
 
 def bundle_text(model: nn.Module, folder: Path, tokenizer: str | None = None) -> None:
-    """Write a Hugging Face text tower's config and tokenizer into a checkpoint folder; nothing for other towers.
+    """Write a Hugging Face text tower's config and tokenizer into a checkpoint folder; else do nothing.
 
     open_clip looks for the tokenizer there; ``load_model`` for both, so a checkpoint opens without a network.
     ``tokenizer`` is its name or folder (default: the one in the model's config).
