@@ -50,6 +50,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        assert parameter.is_contiguous(), (
+            f"{name}: the fused update reads weight, gradient and state in one order"
+        )
         parts = name.split(".")
         tower = "image" if "visual" in parts else "text" if "text" in parts else "shared"
         decay = decays(name, parameter)

@@ -122,7 +122,8 @@ class _GlobalNorm(torch.autograd.Function):
         variance = ((variances + (means - mean).square()) * counts).sum(0) / total
         cast_to = [None if t is None else t.to(dtype) for t in (weight, bias)]
         y = F.batch_norm(x, mean, variance, *cast_to, training=False, eps=eps)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), total)
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, total)
         return y, mean, variance, total
 
@@ -131,21 +132,21 @@ class _GlobalNorm(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        """With xhat = (x - mean) / std: dx = weight / std (dy - mean(dy) - xhat mean(dy xhat)), means over
-        all ranks."""
-        x, weight, mean, inverse_std, total = ctx.saved_tensors
+        """With xhat = (x - mean) / std: dx = weight / std * (dy - mean(dy) - xhat * mean(dy * xhat))."""
+        x, weight, mean, variance, total = ctx.saved_tensors
         dy = grads[0]
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        axes = [0, *range(2, x.ndim)]
-        d_bias = dy.sum(axes, dtype=mean.dtype)
-        d_weight = ((dy * x).sum(axes, dtype=mean.dtype) - mean * d_bias) * inverse_std
-        sums = distributed.all_reduce_sum(torch.stack([d_bias, d_weight])) / total
+        d_weight = d_bias = torch.zeros_like(mean)
+        if x.numel():  # sums of dy xhat and of dy, per channel, without a temporary of the size of x
+            _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                dy, x, torch.ones_like(mean), mean, variance, None, None, False, ctx.eps, [False, True, True]
+            )
+        over_ranks = distributed.all_reduce_sum(torch.stack([d_weight, d_bias])) / total
+        inverse_std = (variance + ctx.eps).rsqrt()
         a = inverse_std if weight is None else inverse_std * weight
-        b = -a * inverse_std * sums[1]
-        c = -a * sums[0] - b * mean
-        dx = torch.addcmul(
-            (dy * a.to(dy.dtype).view(shape)).add_(c.to(dy.dtype).view(shape)), x, b.to(x.dtype).view(shape)
-        )
+        b = -a * inverse_std * over_ranks[0]
+        c = -a * over_ranks[1] - b * mean
+        a, b, c = (t.to(dy.dtype).view(1, -1, *[1] * (x.ndim - 2)) for t in (a, b, c))
+        dx = (dy * a).addcmul_(x, b).add_(c)
         if weight is None:
             return dx, None, None, None
         return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None

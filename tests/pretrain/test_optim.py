@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diptych.pretrain.ema import Ema
-from diptych.pretrain.model import ModelConfig, build_model
+from diptych.pretrain.model import ContrastiveModel, ModelConfig, build_model
 from diptych.pretrain.optim import OptimConfig, build_optimizer, clip_gradients, decays, set_lr
 from diptych.pretrain.schedule import ScheduleConfig, lr_at, lr_factor
 
@@ -62,6 +62,20 @@ def test_the_fused_update_equals_torchs_plain_adamw() -> None:
             optimizer.step()
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-14, rtol=0)
+
+
+def test_weights_and_gradients_of_a_conv_tower_lie_in_one_order() -> None:
+    """torch's fused AdamW on a CPU goes through memory without looking at strides."""
+    root = ContrastiveModel(build_model(MODEL))
+    optimizer = build_optimizer(root, OptimConfig())
+    out = root.encode_image(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    out[0, 0].backward()
+    for name, p in root.clip.visual.named_parameters():
+        assert p.is_contiguous(), name
+        assert p.grad is not None
+        assert p.grad.is_contiguous(), name
+    optimizer.step()
+    assert all(t.is_contiguous() for state in optimizer.state.values() for t in state.values())
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
