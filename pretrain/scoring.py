@@ -1,0 +1,252 @@
+"""The parts of an evaluation: retrieval with examples, zero-shot classes, linear probe.
+
+Each part reads the session, which encodes every shard folder once, and adds its scores to the result.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from ..configs.errors import UserError
+from ..configs.load import StrictModel
+from ..data.shards import DamagedSample, ShardSet, open_shards
+from . import zero_shot
+from .encode import Encoded, encode_images
+from .examples import write_examples
+from .galleries import Gallery, concept_ids, select, train_folder
+from .model import LoadedModel
+from .probe import ProbeConfig, linear_probe
+from .retrieval import retrieval_scores, unique_captions
+from .zero_shot import ZeroShotConfig
+
+__all__ = ["EvaluateConfig", "Progress", "Session", "probe_part", "retrieval_part", "zero_shot_part"]
+
+Json = dict[str, Any]
+
+
+class EvaluateConfig(StrictModel):
+    """Settings of ``diptych evaluate``; all have defaults."""
+
+    data: str | None = None
+    """A corpus folder (with galleries.json), a folder of shards, or one with sub-folders of shards. Null
+    takes what the run was trained on, else the demo corpus."""
+    galleries: tuple[str, ...] | None = None
+    """Names of the galleries to score; null for all."""
+    zero_shot: ZeroShotConfig = ZeroShotConfig()
+    probe: ProbeConfig = ProbeConfig()
+    bootstrap: int = Field(default=2000, ge=100)
+    """Bootstrap samples behind every interval."""
+    examples: int = Field(default=6, ge=0, le=50)
+    """Example queries in each direction per gallery; 0 draws none."""
+    batch_size: int = Field(default=256, ge=1)
+    device: str = "auto"
+    seed: int = 0
+    out: str | None = None
+    """Folder for evaluate.json and evaluate/; null takes the run's folder, else runs/evaluate-NAME."""
+
+
+class Progress(Protocol):
+    """What ``evaluate`` tells of its progress."""
+
+    def __call__(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A context whose value is called with the number of images done."""
+        ...
+
+
+@dataclass
+class Session:
+    """One evaluation: the model, the settings, and what is encoded so far."""
+
+    model: LoadedModel
+    config: EvaluateConfig
+    progress: Progress
+    root: Path
+    shards: dict[Path, ShardSet] = field(default_factory=dict[Path, ShardSet])
+    encoded: dict[Path, Encoded] = field(default_factory=dict[Path, Encoded])
+
+    def open(self, folder: Path) -> ShardSet:
+        """The shard set of a folder, opened once."""
+        if folder not in self.shards:
+            self.shards[folder] = open_shards(folder)
+        return self.shards[folder]
+
+    def encode(self, folder: Path, sample_ids: Any = None) -> Encoded:
+        """Image features of a folder, encoded once; of ``sample_ids`` alone they are not kept."""
+        if sample_ids is None and folder in self.encoded:
+            return self.encoded[folder]
+        shards = self.open(folder)
+        total = len(shards) if sample_ids is None else len(sample_ids)
+        with self.progress(f"encoding {folder.name}", total) as advance:
+            got = encode_images(
+                self.model.encode_images,
+                shards,
+                image_size=self.model.image_size,
+                batch_size=self.config.batch_size,
+                sample_ids=sample_ids,
+                advance=advance,
+            )
+        if sample_ids is None:
+            self.encoded[folder] = got
+        return got
+
+    def gallery(self, gallery: Gallery) -> Encoded:
+        """The gallery's images; UserError if there are none."""
+        got = select(self.encode(gallery.folder), gallery)
+        if len(got) == 0:
+            raise UserError(f"gallery {gallery.name}: {gallery.folder} holds no samples")
+        return got
+
+
+def retrieval_part(session: Session, gallery: Gallery, folder: Path, result: Json) -> None:
+    """Scores and examples of one gallery."""
+    config, images = session.config, session.gallery(gallery)
+    ids, captions = unique_captions(images.captions)
+    texts = session.model.encode_captions(captions)
+    result["retrieval"][gallery.name] = retrieval_scores(
+        images.features,
+        texts,
+        ids,
+        concepts=concept_ids(images.captions, images.metas),
+        samples=config.bootstrap,
+        seed=config.seed,
+    )
+    if config.examples:
+        result["examples"] += write_examples(
+            folder,
+            gallery.name,
+            session.open(gallery.folder),
+            images,
+            texts,
+            ids,
+            captions,
+            count=config.examples,
+        )
+        first = not result["pictures"]
+        name = "retrieval_examples" if first else f"retrieval_examples_{gallery.name}"
+        result["pictures"][name] = f"evaluate/examples_{gallery.name}.png"
+
+
+def _labels(encoded: Encoded | Sequence[dict[str, Any]], target: str) -> list[str]:
+    metas = encoded.metas if isinstance(encoded, Encoded) else encoded
+    return [str(meta.get(target) or "") for meta in metas]
+
+
+def _train_texts(session: Session) -> tuple[ShardSet, list[str], list[dict[str, Any]], list[int]] | None:
+    """Captions, JSON and sample ids of the training split, without decoding a picture; None if there is
+    none."""
+    folder = train_folder(session.root)
+    if folder is None:
+        return None
+    shards = session.open(folder)
+    captions: list[str] = []
+    metas: list[dict[str, Any]] = []
+    ids: list[int] = []
+    for sample_id in range(len(shards)):
+        try:
+            raw = shards.read(sample_id)
+        except DamagedSample:
+            continue
+        captions.append(raw.caption)
+        metas.append(raw.meta)
+        ids.append(sample_id)
+    return shards, captions, metas, ids
+
+
+def zero_shot_part(
+    session: Session, galleries: list[Gallery], classes: zero_shot.Prompts | None, result: Json
+) -> None:
+    """Accuracy with prompts from the training split's members, and with bare names; or from the user's
+    file."""
+    config = session.config.zero_shot
+    if classes is not None:
+        for gallery in galleries:
+            _classify(session, gallery, config.label, f"{gallery.name}/{config.label}", classes, result)
+        return
+    train = _train_texts(session)
+    if train is None:
+        result["notes"].append("zero-shot: no training split to take prompts from; set zero_shot.classes")
+        return
+    _, captions, metas, _ = train
+    for gallery in galleries:
+        if gallery.name not in config.galleries:
+            continue
+        for target in config.targets:
+            members = zero_shot.member_prompts(captions, _labels(metas, target))
+            found = set(_labels(session.gallery(gallery), target)) - {""}
+            bare = zero_shot.class_name_prompts(sorted(found))
+            prompts = {name: members.get(name, bare[name]) for name in sorted(found)}
+            name = f"{gallery.name}/{target}"
+            _classify(session, gallery, target, name, prompts, result)
+            if config.bare_names:
+                _classify(session, gallery, target, name + " (class names)", bare, result)
+
+
+def _classify(
+    session: Session,
+    gallery: Gallery,
+    target: str,
+    name: str,
+    prompts: zero_shot.Prompts,
+    result: Json,
+) -> None:
+    images = session.gallery(gallery)
+    labels = _labels(images, target)
+    rows = [i for i, label in enumerate(labels) if label in prompts]
+    if not rows or len(prompts) < 2:
+        result["notes"].append(f"zero-shot: no sample of {gallery.name} has a known class in '{target}'")
+        return
+    concepts = concept_ids(images.captions, images.metas)
+    result["zero_shot"][name] = zero_shot.zero_shot_scores(
+        images.features[rows],
+        [labels[i] for i in rows],
+        prompts,
+        session.model.encode_captions,
+        concepts=concepts[rows],
+        samples=session.config.bootstrap,
+        seed=session.config.seed,
+    )
+
+
+def probe_part(session: Session, galleries: list[Gallery], result: Json) -> None:
+    """Fit the probe once on the training split and score it on each gallery that has labels."""
+    config, train = session.config.probe, _train_texts(session)
+    tests: list[tuple[str, Encoded]] = []
+    for gallery in galleries:
+        if gallery.name in config.galleries:
+            images = session.gallery(gallery)
+            rows = [i for i, label in enumerate(_labels(images, config.target)) if label]
+            if rows:
+                tests.append((gallery.name, images.take(rows)))
+    if train is None or not tests:
+        result["notes"].append(f"linear probe: no labels '{config.target}' in a training split and a gallery")
+        return
+    _, captions, metas, ids = train
+    labelled = [i for i, label in enumerate(_labels(metas, config.target)) if label]
+    keep = np.unique(np.linspace(0, len(labelled) - 1, min(len(labelled), config.max_train)).round())
+    chosen = [labelled[int(i)] for i in keep] if labelled else []
+    groups = _labels([metas[i] for i in chosen], config.holdout_by)
+    if len(set(groups)) < 2:
+        groups = [f"{c}" for c in concept_ids([captions[i] for i in chosen], [metas[i] for i in chosen])]
+    labels = _labels([metas[i] for i in chosen], config.target)
+    if len(set(groups)) < 2 or len(set(labels)) < 2:
+        result["notes"].append("linear probe: the training split has fewer than two classes or groups")
+        return
+    folder = train_folder(session.root)
+    assert folder is not None
+    encoded = session.encode(folder, np.array([ids[i] for i in chosen], dtype=np.int64))
+    scores = linear_probe(
+        encoded.features,
+        labels,
+        groups,
+        [(t.features, _labels(t, config.target), concept_ids(t.captions, t.metas)) for _, t in tests],
+        config,
+        samples=session.config.bootstrap,
+        seed=session.config.seed,
+    )
+    for (name, _), got in zip(tests, scores, strict=True):
+        result["linear_probe"][f"{name}/{config.target}"] = got
