@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import open_clip
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.errors import UserError
-from ..data.text import Tokenizer, build_tokenizer
 from . import weights
 from .lean_vision import encode_image
 from .packing import encode_text, pad_text, supports_packing
 from .sync_batchnorm import synchronise_batchnorm
 from .towers import ModelConfig, build_model, bundle_text, open_clip_config
+
+if TYPE_CHECKING:
+    from ..data.text import Tokenizer
 
 __all__ = [
     "ContrastiveModel",
@@ -40,7 +42,10 @@ log = logging.getLogger(__name__)
 
 
 class ContrastiveModel(nn.Module):
-    """Images and packed captions to normalised features; state lives in ``clip``, an open_clip model."""
+    """Images and packed captions to normalised features; state lives in ``clip``, an open_clip model.
+
+    Built inside a process group, its batch norms take the statistics of the global batch.
+    """
 
     image_mean: Tensor
     image_std: Tensor
@@ -50,9 +55,10 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.clip = clip
         self.pad_id = pad_id
+        synchronise_batchnorm(clip)
         # Only the pixels are laid out channels last, and activations follow: 1.2 to 1.9 times faster for
-        # mobile nets on a CPU. Weights stay contiguous: torch's fused AdamW on a CPU is silently wrong where the
-        # strides of a weight and of its state differ, as after a resume.
+        # mobile nets on a CPU. Weights stay contiguous: torch's fused AdamW on a CPU is silently wrong where
+        # the strides of a weight and of its state differ, as after a resume.
         self.channels_last = not isinstance(clip.visual, VisionTransformer) and _has_convolutions(clip.visual)
         preprocess: dict[str, Any] = clip.visual.preprocess_cfg  # type: ignore[assignment]
         for name in ("mean", "std"):  # buffers in units of uint8 pixels; not saved: the config carries them
@@ -60,7 +66,7 @@ class ContrastiveModel(nn.Module):
             dtype = next(clip.parameters()).dtype
             self.register_buffer(f"image_{name}", value.to(dtype).view(1, 3, 1, 1), persistent=False)
         if reason := supports_packing(clip.text):
-            log.info("captions run padded: %s", reason)
+            log.warning("captions run padded, which is slower: %s", reason)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of one local batch.
@@ -93,10 +99,6 @@ class ContrastiveModel(nn.Module):
             image = (image - self.image_mean) / self.image_std
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
-    def synchronise(self) -> None:
-        """Make batch statistics those of the global batch; does nothing in a run of one process."""
-        synchronise_batchnorm(self.clip)
-
 
 def _normalise(features: Tensor) -> Tensor:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -121,7 +123,7 @@ class LoadedModel:
     """A checkpoint open for inference, in eval mode and fp32. All methods work without gradients."""
 
     def __init__(
-        self, clip: CustomTextCLIP, tokenizer: Tokenizer, device: str | torch.device = "cpu"
+        self, clip: CustomTextCLIP, tokenizer: "Tokenizer", device: str | torch.device = "cpu"
     ) -> None:
         self.clip = clip.to(device).eval()
         self.tokenizer = tokenizer
@@ -161,13 +163,14 @@ class LoadedModel:
                 output_fmt="NLC",
             )
             return out["image_intermediates"][-1].float()
-        trunk = getattr(visual, "trunk", None)
-        if trunk is None:
-            raise UserError(f"image tokens of {type(visual).__name__} are not supported")
+        trunk: Any = getattr(visual, "trunk", None)
+        if trunk is None:  # open_clip's ResNet
+            out = cast(Any, visual).forward_intermediates(pixels, indices=1, intermediates_only=True)
+            return out["image_intermediates"][-1].flatten(2).transpose(1, 2).float()
         tokens = trunk.forward_features(pixels)
         if tokens.ndim == 4:
-            channels_first = tokens.shape[1] == trunk.num_features
-            tokens = tokens.flatten(2).transpose(1, 2) if channels_first else tokens.flatten(1, 2)
+            last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"  # timm's Swin and kin
+            tokens = tokens.flatten(1, 2) if last else tokens.flatten(2).transpose(1, 2)
         else:
             tokens = tokens[:, getattr(trunk, "num_prefix_tokens", 0) :]
         return tokens.float()
@@ -214,6 +217,8 @@ def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> 
         raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")
     clip = build_model(config)
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
+    from ..data.text import build_tokenizer
+
     tokenizer_name = text_cfg.get("hf_tokenizer_name")
     if tokenizer_name and source.text_folder is not None:
         tokenizer_name = str(source.text_folder)

@@ -18,8 +18,8 @@ def main() -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    meet = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
     try:
         spec = importlib.util.spec_from_file_location("rank_test", file)
         assert spec is not None

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from diptych.configs.errors import UserError
 from diptych.pretrain import distributed
 
 
@@ -63,3 +64,10 @@ def test_without_a_group_everything_is_local() -> None:
     distributed.barrier()
     distributed.teardown()
     assert distributed.setup("cpu") == torch.device("cpu")
+
+
+def test_cuda_without_a_gpu_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device: cuda"):
+        distributed.setup("cuda")
+    assert distributed.setup("auto") == torch.device("cpu")

@@ -44,7 +44,6 @@ def train(vision: str, rows: slice) -> dict[str, Any]:
     torch.manual_seed(0)
     config = ModelConfig(embed_dim=8, vision_cfg=VISION[vision], text_cfg=TEXT)
     model = ContrastiveModel(build_model(config).double())
-    model.synchronise()
     root: nn.Module = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     optimizer = build_optimizer(root, OptimConfig(lr=1e-2, eps=1e-3))
     losses: list[Tensor] = []

@@ -64,7 +64,7 @@ def test_captions_padded_to_the_longest_equal_captions_padded_to_the_context(ber
 def test_a_checkpoint_carries_the_towers_config_and_tokenizer(bert: str, tmp_path: Path) -> None:
     model = build_model(settings(bert)).eval()
     folder = write_checkpoint(model, tmp_path / "checkpoint")
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    theirs: Any = open_clip.create_model(f"local-dir:{folder}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red cat", "dog"])
     truth = model.encode_text(tokens)
     torch.testing.assert_close(theirs.encode_text(tokens), truth, atol=1e-6, rtol=0)

@@ -56,7 +56,8 @@ def test_open_clip_loads_the_checkpoint_and_gives_the_same_features(vision: str,
     ours = build_model(config(vision, image_mean=(0.5, 0.4, 0.3), resize_mode="squash", quick_gelu=True))
     root = ContrastiveModel(ours).eval()
     folder = write_checkpoint(ours, tmp_path / "checkpoint")
-    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    theirs, _, transform = loaded
     theirs.eval()
 
     size = VISION[vision]["image_size"]
@@ -92,7 +93,8 @@ def test_convolutions_run_channels_last_and_transformers_do_not() -> None:
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_the_initial_temperature_and_bias_are_the_configs(kind: str) -> None:
-    options = {"clip": {}, "siglip": {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}}[kind]
+    siglip: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    options: dict[str, Any] = siglip if kind == "siglip" else {}
     root = ContrastiveModel(build_model(config(**options)))
     out = root(
         {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "token_ids": TOKENS, "seq_lens": LENGTHS}

@@ -1,5 +1,7 @@
 """Packed text against open_clip's own padded tower, in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 from open_clip.transformer import TextTransformer
@@ -10,7 +12,7 @@ from diptych.pretrain.packing import encode_text, pack_text, pad_text, supports_
 
 CONTEXT, VOCAB, START, END = 16, 99, 97, 98
 
-TOWERS = {
+TOWERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one block": {"layers": 1},
     "layer scale": {"ls_init_value": 0.1},
@@ -39,14 +41,21 @@ TOWERS = {
 }
 
 
-def build_tower(**options: object) -> TextTransformer:
+def build_tower(**options: Any) -> TextTransformer:
     from open_clip.transformer import QuickGELU
 
     torch.manual_seed(0)
     if options.get("act_layer") == "quick":
         options["act_layer"] = QuickGELU
-    defaults = {"context_length": CONTEXT, "vocab_size": VOCAB, "width": 32, "heads": 4, "output_dim": 24}
-    tower = TextTransformer(**{"layers": 3, **defaults, **options}).double()
+    defaults: dict[str, Any] = {
+        "context_length": CONTEXT,
+        "vocab_size": VOCAB,
+        "width": 32,
+        "heads": 4,
+        "output_dim": 24,
+    }
+    every: dict[str, Any] = {"layers": 3, **defaults, **options}
+    tower = TextTransformer(**every).double()
     for parameter in tower.parameters():  # biases and norms start at 0 and 1, which would hide mistakes
         nn.init.normal_(parameter, std=0.3)
     return tower
@@ -167,14 +176,14 @@ def test_bfloat16_autocast_stays_near_the_padded_tower() -> None:
         ({"scaled_cosine_attn": True}, "cosine"),
     ],
 )
-def test_towers_that_need_padding_say_why(options: dict[str, object], word: str) -> None:
+def test_towers_that_need_padding_say_why(options: dict[str, Any], word: str) -> None:
     reason = supports_packing(build_tower(**options))
     assert reason is not None
     assert word in reason
 
 
 @pytest.mark.parametrize("options", [{"pool_type": "last"}, {"no_causal_mask": True}])
-def test_towers_that_attend_to_padding_run_padded(options: dict[str, object]) -> None:
+def test_towers_that_attend_to_padding_run_padded(options: dict[str, Any]) -> None:
     tower = build_tower(**options)
     rows = captions(8)
     torch.testing.assert_close(encode_text(tower, *packed(rows)), tower(padded(rows)), atol=0, rtol=0)
