@@ -31,7 +31,7 @@ def short_number(value: float) -> str:
         if size >= limit:
             return f"{value / limit:.3g}{suffix}"
     if size and size < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
     return f"{value:.3g}"
 
 

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from .report_charts import interval_bar
-from .report_html import Html, cell, interval, missing, number, percent, score_cell, table, text, tile
+from .report_html import Html, cell, count, interval, missing, number, percent, score_cell, table, text, tile
 
 __all__ = ["finetune_sections", "finetune_tiles"]
 
 Json = Mapping[str, Any]
 SINGLE = ("image", "text")
+GAIN = (
+    "Gain: paired difference to the best single modality on the same rows; a head is better only if the "
+    "interval of its gain leaves out 0. The tinted head was chosen without the test rows."
+)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def finetune_tiles(results: Json) -> list[str]:
         score = dict(_mapping(heads[name]["metrics"][metric]))
         score |= {k: results[k] for k in ("chance", "majority") if metric == "accuracy" and k in results}
         what = f"{name} alone" if name in SINGLE else f"fused: {name}"
-        tiles.append(tile(f"{metric}, {what}", score, f"{results.get('n_test', '?')} test rows"))
+        tiles.append(tile(f"{metric}, {what}", score, f"{count(results.get('n_test'))} test rows"))
     return tiles
 
 
@@ -71,13 +75,8 @@ def finetune_sections(folder: Path, results: Json) -> str:
     parts = [f"<h2>Fusion on {text(results.get('task', 'the task'))}</h2>"]
     if results.get("headline"):
         parts.append(f"<p>{text(results['headline'])}</p>")
-    parts.append(
-        f'<p class="soft">{text(results.get("n_train", "?"))} training rows, '
-        f"{text(results.get('n_test', '?'))} test "
-        "rows. Gain: paired difference to the best single modality on the same rows; a head is "
-        "better only if the "
-        "interval of its gain leaves out 0.</p>"
-    )
+    rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
+    parts.append(f'<p class="soft">{rows} {GAIN}</p>')
     parts.append(_fusion_table(heads, metric, results))
     return "".join(parts)
 
@@ -104,7 +103,7 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
                 Html(interval_bar(*ends, reference=reference, limits=limits)),
                 _gain(head),
                 *(score_cell(_mapping(head.get("metrics")).get(m)) for m in others),
-                _count(head.get("params")),
+                count(head.get("params")),
                 f"{number(head.get('seconds')):.1f} s" if number(head.get("seconds")) >= 0 else "-",
             ]
         )
@@ -126,8 +125,3 @@ def _gain(head: Json) -> Html:
     return Html(
         f'<span class="{kind}">{sign}{percent(diff)}</span><small>{interval(versus)}{against}</small>'
     )
-
-
-def _count(value: Any) -> str:
-    count = number(value)
-    return f"{int(count):,}" if count == count else "-"

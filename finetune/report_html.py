@@ -40,6 +40,12 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
+def count(value: Any) -> str:
+    """A count with thousands marked; a question mark for what is no number."""
+    found = number(value)
+    return f"{int(found):,}" if math.isfinite(found) else "?"
+
+
 def percent(value: Any) -> str:
     """A share as percent with one decimal (two below 1 %); a dash for what is no number."""
     share = 100 * number(value)

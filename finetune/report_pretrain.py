@@ -5,16 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from .report_charts import Series, interval_bar, line_chart
-from .report_html import Html, cell, data_uri, missing, number, percent, score_cell, table, text, tile
+from .report_html import Html, cell, count, data_uri, missing, number, percent, score_cell, table, text, tile
 
 __all__ = ["pretrain_sections", "pretrain_tiles"]
 
 Json = Mapping[str, Any]
 DIRECTIONS = (("image_to_text", "image to text"), ("text_to_image", "text to image"))
+RECALL = (
+    "A hit at k: the right caption is among the k best of all distinct captions of the gallery (image to "
+    "text), or a picture with that caption is among the k best pictures (text to image). Below each score "
+    "its 95 % interval over concepts and what guessing reaches."
+)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _size(got: Json) -> str:
+    return f"{count(got.get('n_images'))} pictures, {count(got.get('n_captions'))} captions"
 
 
 def pretrain_tiles(evaluation: Json) -> list[str]:
@@ -24,7 +33,7 @@ def pretrain_tiles(evaluation: Json) -> list[str]:
     shown = list(retrieval)[:1] + [name for name in list(retrieval)[1:] if name == "test_word"]
     for name in shown:
         got = _mapping(retrieval[name])
-        note = f"{got.get('n_images', '?')} pictures, {got.get('n_captions', '?')} captions"
+        note = _size(got)
         for direction, words in DIRECTIONS[: 2 if name == shown[0] else 1]:
             score = _mapping(_mapping(got.get(direction)).get("R@5"))
             if score:
@@ -33,7 +42,7 @@ def pretrain_tiles(evaluation: Json) -> list[str]:
         named = _mapping(evaluation.get(kind))
         name = next((n for n in named if n.endswith("/subgroup")), next(iter(named), None))
         if name is not None and _mapping(named[name].get("accuracy")):
-            note = f"{named[name].get('classes', '?')} classes, {named[name].get('n', '?')} pictures"
+            note = f"{count(named[name].get('classes'))} classes, {count(named[name].get('n'))} pictures"
             tiles.append(tile(f"{words}, {name}", named[name]["accuracy"], note))
     return tiles
 
@@ -43,7 +52,7 @@ def pretrain_sections(folder: Path, rows: Sequence[Json], evaluation: Json) -> s
     command = f"diptych evaluate {folder}"
     parts = ["<h2>Training</h2>", _curves(rows), "<h2>Retrieval on held-out pictures</h2>"]
     parts.append(_retrieval(_mapping(evaluation.get("retrieval"))) or missing("Not evaluated yet:", command))
-    parts.append("<h2>Classes without training labels</h2>")
+    parts.append("<h2>Classes</h2>")
     zero_shot = _classification(
         _mapping(evaluation.get("zero_shot")), "Zero-shot: the nearest class prompt, no label seen"
     )
@@ -89,17 +98,13 @@ def _curves(rows: Sequence[Json]) -> str:
         ("Learning rate", "lr", True),
         ("Logit scale", "logit_scale", False),
         ("Samples per second", "samples_per_s", True),
-        ("Gradient norm", "grad_norm", True),
     ):
         charts.append(
             line_chart(title, [Series(title, *_column(train, key))], x_name="samples seen", from_zero=zero)
         )
     bad = sum(number(r.get("bad_samples", 0)) for r in train)
     last = train[-1]
-    words = (
-        f"{int(number(last.get('samples_seen', 0))):,} samples in "
-        f"{int(number(last.get('step', 0))) + 1:,} steps"
-    )
+    words = f"{count(last.get('samples_seen'))} samples in {count(number(last.get('step')) + 1)} steps"
     words += f"; last loss {number(last.get('loss')):.4f}"
     if bad == bad and bad > 0:
         words += f"; {int(bad)} damaged samples masked, named in quarantine.jsonl"
@@ -109,23 +114,15 @@ def _curves(rows: Sequence[Json]) -> str:
 def _retrieval(galleries: Json) -> str:
     if not galleries:
         return ""
-    parts = [
-        "<p>A hit at k: the right caption is among the k best of all distinct captions of the "
-        "gallery (image to "
-        "text), or a picture with that caption is among the k best pictures (text to image). "
-        "Below each score its "
-        "95 % interval over concepts and what guessing reaches.</p>"
-    ]
-    for direction, words in DIRECTIONS:
-        rows = [
-            [
-                cell(name, f"{got.get('n_images', '?')} pictures, {got.get('n_captions', '?')} captions"),
-                *(score_cell(_mapping(got.get(direction)).get(f"R@{k}")) for k in (1, 5, 10)),
-            ]
-            for name, got in ((n, _mapping(g)) for n, g in galleries.items())
+    head = ["gallery", *(cell(f"R@{k}", words) for _, words in DIRECTIONS for k in (1, 5, 10))]
+    rows = [
+        [
+            cell(name, _size(got)),
+            *(score_cell(_mapping(got.get(way)).get(f"R@{k}")) for way, _ in DIRECTIONS for k in (1, 5, 10)),
         ]
-        parts.append(table(words.capitalize(), ["gallery", "R@1", "R@5", "R@10"], rows))
-    return "".join(parts)
+        for name, got in ((n, _mapping(g)) for n, g in galleries.items())
+    ]
+    return f"<p>{RECALL}</p>" + table("", head, rows)
 
 
 def _classification(scores: Json, caption: str) -> str:
@@ -137,13 +134,13 @@ def _classification(scores: Json, caption: str) -> str:
         bar = interval_bar(*(number(accuracy.get(k)) for k in ("value", "low", "high")), reference=reference)
         rows.append(
             [
-                cell(name, f"{got.get('n', '?')} pictures"),
+                cell(name, f"{count(got.get('n'))} pictures"),
                 score_cell({k: v for k, v in accuracy.items() if k != "chance"}),
                 Html(bar),
                 percent(accuracy.get("majority")),
                 percent(accuracy.get("chance")),
-                got.get("classes", "?"),
-                got.get("prompts", got.get("n_train", "")),
+                count(got.get("classes")),
+                count(got.get("prompts", got.get("n_train"))),
             ]
         )
     last = "prompts" if any("prompts" in _mapping(g) for g in scores.values()) else "training pictures"
@@ -198,7 +195,7 @@ def _text_query(folder: Path, entry: Json) -> str:
         if uri
     )
     return (
-        '<div class="example strip"><div class="asked">looking '
-        f"for</div><b>{text(entry.get('query', ''))}</b>"
+        '<div class="example strip"><div class="asked">looking for</div>'
+        f"<b>{text(entry.get('query', ''))}</b>"
         f'<div class="pictures">{shown}</div></div>'
     )

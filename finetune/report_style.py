@@ -65,9 +65,9 @@ gap:14px}
 .example li{white-space:nowrap;overflow:hidden;text-overflow:ellipsis;font-size:14px;line-height:1.45}
 .example .asked{color:var(--soft);font-size:12.5px}
 .strip{display:block}
-.strip .pictures{display:flex;gap:6px;margin-top:6px;flex-wrap:wrap}
-.strip figure{padding:0;border:0;background:none;width:72px;text-align:center;font-size:12px}
-.strip img{width:56px;height:56px;outline:2px solid var(--line);outline-offset:1px}
+.strip .pictures{display:grid;grid-template-columns:repeat(5,1fr);gap:8px;margin-top:8px;max-width:340px}
+.strip figure{padding:0;border:0;background:none;text-align:center;font-size:12px;color:var(--good)}
+.strip img{width:100%;height:auto;aspect-ratio:1;outline:2px solid var(--line);outline-offset:1px}
 .strip .hit img{outline-color:var(--good)}
 details{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:8px 14px}
 summary{cursor:pointer}
