@@ -1,7 +1,7 @@
 """``diptych evaluate``: score a checkpoint on held-out data."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int) -> Generator[Callable[[int], None]]:
     """A bar on standard error, so that standard output holds the scores alone."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

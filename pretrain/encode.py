@@ -1,6 +1,6 @@
 """Features of whole shard sets, and the quick retrieval score that training prints."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,7 @@ def encode_captions(encode: TextEncoder, captions: Sequence[str]) -> dict[str, T
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Generator[None]:
     """Eval mode inside; afterwards every submodule is in the mode it was in (frozen ones stay frozen)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

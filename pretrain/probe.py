@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -35,7 +36,7 @@ class ProbeConfig(StrictModel):
     max_iterations: int = 100
 
 
-def grouped_holdout(groups: Sequence[str], share: float = 0.2, seed: int = 0) -> np.ndarray[Any, Any]:
+def grouped_holdout(groups: Sequence[str], share: float = 0.2, seed: int = 0) -> NDArray[np.bool_]:
     """Mask bool [n] of whole groups, in a seeded order, until ``share`` of the rows is held out.
 
     The last group in is left out if the share is nearer without it; some rows always stay on both sides.
@@ -45,7 +46,7 @@ def grouped_holdout(groups: Sequence[str], share: float = 0.2, seed: int = 0) ->
     order = np.random.default_rng(seed).permutation(len(names))
     total = np.cumsum(sizes[order])[:-1]  # at least one group stays
     take = int(np.abs(total - share * sizes.sum()).argmin()) + 1
-    return np.isin(np.asarray(groups), names[order[:take]])
+    return np.asarray(np.isin(np.asarray(groups), names[order[:take]]))
 
 
 def _fit(features: Any, labels: Any, penalty: float, iterations: int, seed: int) -> LogisticRegression:
@@ -72,7 +73,7 @@ def linear_probe(
     Score, "classes", "n", "n_train", "C"}``.
     """
     scaler = StandardScaler().fit(np.asarray(train_features, dtype=np.float64))
-    x = scaler.transform(np.asarray(train_features, dtype=np.float64))
+    x: Any = scaler.transform(np.asarray(train_features, dtype=np.float64))
     y, held = np.asarray(train_labels), grouped_holdout(train_groups, seed=seed)
     accuracy = {
         c: _fit(x[~held], y[~held], c, config.max_iterations, seed).score(x[held], y[held])

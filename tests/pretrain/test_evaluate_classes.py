@@ -108,7 +108,7 @@ def test_the_inner_split_keeps_groups_whole_and_both_sides_filled() -> None:
         assert not inside & outside
         assert inside
         assert outside
-        assert 0.15 < held.mean() < 0.25
+        assert 0.15 < float(held.mean()) < 0.25
     assert grouped_holdout(["a"] * 90 + ["b"] * 10, seed=0).sum() in (10, 90)
 
 
