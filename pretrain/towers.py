@@ -80,7 +80,8 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
         model = _construct(model_cfg, source, pretrained_image=timm_weights)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, ImportError) as error:
         hint = " (are its weights downloadable from here?)" if timm_weights else ""
-        raise UserError(f"model: open_clip cannot build it{hint}: {error or type(error).__name__}") from error
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise UserError(f"model: open_clip cannot build it{hint}: {reason}") from error
     _check_timm(model)
     preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), (source and source.preprocess_cfg) or {})
     if config.pretrained_image:
@@ -94,6 +95,7 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
     }
     set_model_preprocess_cfg(model, merge_preprocess_dict(preprocess, chosen))
     model.model_cfg = model_cfg  # type: ignore[assignment]
+    model.text_folder = source.text_folder if source else None  # type: ignore[assignment]
     if source and load_weights:
         weights.load_clip(model, source.file)
     if config.pretrained_image and config.pretrained_image != "timm" and load_weights:
@@ -120,7 +122,8 @@ def bundle_text(model: nn.Module, folder: Path, tokenizer: str | None = None) ->
     from transformers import AutoTokenizer
 
     cast(Any, text.config).save_pretrained(folder)
-    name = tokenizer or open_clip_config(model)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    known = open_clip_config(model)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    name = tokenizer or cast(Path | None, model.text_folder) or known
     if name:
         AutoTokenizer.from_pretrained(name).save_pretrained(folder)
 

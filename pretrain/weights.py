@@ -133,7 +133,7 @@ def load_clip(model: nn.Module, path: Path) -> None:
     del state
     try:
         load_checkpoint(model, str(path), strict=True, weights_only=True)  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError, KeyError) as error:
+    except (RuntimeError, AssertionError, KeyError, AttributeError) as error:
         raise UserError(f"model.pretrained: {path} does not fit the model: {_short(error)}") from error
 
 

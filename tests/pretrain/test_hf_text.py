@@ -72,6 +72,7 @@ def test_a_checkpoint_carries_the_towers_config_and_tokenizer(bert: str, tmp_pat
     Path(bert).rename(tmp_path / "gone")
     again = build_model(ModelConfig(pretrained=str(folder))).eval()
     torch.testing.assert_close(again.encode_text(tokens), truth, atol=1e-6, rtol=0)
+    assert (write_checkpoint(again, tmp_path / "second") / "tokenizer.json").is_file()
     assert open_clip_config(again)["model_cfg"]["text_cfg"]["hf_model_name"] == bert
 
 

@@ -113,8 +113,10 @@ def test_what_holds_no_weights_is_refused(name: str, content: Any, words: str, t
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file(random_model(embed_dim=10).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="does not fit"):
-        build_model(config(pretrained=str(tmp_path / "other.safetensors")))
+    save_file(random_model(init_logit_bias=-10.0).state_dict(), tmp_path / "biased.safetensors")
+    for name in ("other", "biased"):
+        with pytest.raises(UserError, match="does not fit"):
+            build_model(config(pretrained=str(tmp_path / f"{name}.safetensors")))
 
 
 def test_an_unknown_tag_names_the_known_ones() -> None:
