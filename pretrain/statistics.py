@@ -19,7 +19,7 @@ __all__ = ["Interval", "Score", "bootstrap_means", "bootstrap_metric", "group_id
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
-_CHUNK = 1 << 22  # resampled group numbers held at once
+_CHUNK = 1 << 20  # resampled group numbers held at once
 
 
 @dataclass(frozen=True)
