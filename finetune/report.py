@@ -136,6 +136,10 @@ def page(runs: Sequence[RunFiles]) -> str:
     tiles: list[str] = []
     sections: list[str] = []
     for run in runs:
+        if sum(other.kind == run.kind for other in runs) > 1:  # several of a kind need their names
+            name = f'<h2 class="run">{text(run.folder.resolve().name)}</h2>'
+            tiles.append(f'<div class="tile"><b>{text(run.folder.resolve().name)}</b></div>')
+            sections.append(name)
         if run.kind == "finetune":
             tiles += finetune_tiles(run.results)
             sections.append(finetune_sections(run.folder, run.results))

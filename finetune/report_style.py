@@ -13,13 +13,14 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,s
 main{max-width:1080px;margin:0 auto;padding:36px 24px 64px}
 h1{font-size:27px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em}
 h2{font-size:19px;margin:44px 0 4px;letter-spacing:-.005em}
+h2.run{font-size:23px;border-top:1px solid var(--line);padding-top:28px}
 h3{font-size:15px;margin:24px 0 6px}
 p{margin:4px 0 12px;max-width:74ch}
 .soft,figcaption,caption{color:var(--soft)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:14px;margin:20px 0 8px}
 .tile,.card,figure{background:var(--card);border:1px solid var(--line);border-radius:8px}
 .tile{padding:14px 16px}
-.tile b{display:block;font-size:30px;line-height:1.15;font-weight:600;font-variant-numeric:tabular-nums;
+.tile b{display:block;overflow-wrap:anywhere;font-size:30px;line-height:1.15;font-weight:600;font-variant-numeric:tabular-nums;
 margin:2px 0}
 .tile span{display:block;color:var(--soft);font-size:13px}
 .tile .name{color:var(--ink);font-size:14px}

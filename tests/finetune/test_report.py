@@ -85,6 +85,13 @@ def test_the_chosen_head_is_tinted_and_its_gain_stands_beside_its_interval(tmp_p
     assert "No pretraining run given" in page.text
 
 
+def test_several_runs_of_a_kind_stand_under_their_names(tmp_path: Path) -> None:
+    runs = [make_pretrain(tmp_path / name, steps=60) for name in ("short", "long")]
+    page = Page(write_report(runs))
+    assert sum(tag == "h2" and a.get("class") == "run" for tag, a in page.tags) == 2
+    assert page.text.index("short") < page.text.index("long")
+
+
 def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert(1)</script>"onerror="x&'
     pre, fine = make_pretrain(tmp_path / "pre", name=evil), make_finetune(tmp_path / "fine", name=evil)
