@@ -20,8 +20,8 @@ p{margin:4px 0 12px;max-width:74ch}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:14px;margin:20px 0 8px}
 .tile,.card,figure{background:var(--card);border:1px solid var(--line);border-radius:8px}
 .tile{padding:14px 16px}
-.tile b{display:block;overflow-wrap:anywhere;font-size:30px;line-height:1.15;font-weight:600;font-variant-numeric:tabular-nums;
-margin:2px 0}
+.tile b{display:block;margin:2px 0;font-size:30px;line-height:1.15;font-weight:600;overflow-wrap:anywhere;
+font-variant-numeric:tabular-nums}
 .tile span{display:block;color:var(--soft);font-size:13px}
 .tile .name{color:var(--ink);font-size:14px}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:14px;margin:12px 0}
