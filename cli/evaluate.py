@@ -1,6 +1,7 @@
 """``diptych evaluate``: score a checkpoint on held-out data."""
 
 import argparse
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pretrain.evaluate import EvaluateConfig, evaluate
 
     config = load_config(EvaluateConfig, args.config, args.overrides)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # files and pipes have no width
     result = evaluate(args.checkpoint, config, progress=_progress)
     print_scores(result, console)
     return 0
@@ -67,12 +68,14 @@ def _row(score: dict[str, Any]) -> list[str]:
 
 def print_scores(result: dict[str, Any], console: Any) -> None:
     """The scores of evaluate.json as tables."""
+    from rich.markup import escape
     from rich.table import Table
 
     def table(title: str, first: tuple[str, ...]) -> Table:
         made = Table(title=title, title_justify="left", header_style="", box=None, pad_edge=False)
         for name in first:
-            made.add_column(name, overflow="fold")
+            right = name in ("at", "classes", "pictures")
+            made.add_column(name, overflow="fold", justify="right" if right else "left")
         for name in ("score", "95 % interval", "chance", "majority"):
             made.add_column(name, justify="right", no_wrap=True)
         return made
@@ -81,13 +84,13 @@ def print_scores(result: dict[str, Any], console: Any) -> None:
     for gallery, got in result["retrieval"].items():
         for direction in ("image_to_text", "text_to_image"):
             for k, score in got[direction].items():
-                shown.add_row(gallery, direction.replace("_", " "), k, *_row(score))
+                shown.add_row(escape(gallery), direction.replace("_", " "), k, *_row(score))
     if shown.row_count:
         console.print(shown, "")
     for key, title in (("zero_shot", "Zero-shot accuracy"), ("linear_probe", "Linear probe accuracy")):
         shown = table(title, ("labels", "classes", "pictures"))
         for name, got in result[key].items():
-            shown.add_row(name, str(got["classes"]), str(got["n"]), *_row(got["accuracy"]))
+            shown.add_row(escape(name), str(got["classes"]), str(got["n"]), *_row(got["accuracy"]))
         if shown.row_count:
             console.print(shown, "")
     for note in result["notes"]:

@@ -60,8 +60,9 @@ def evaluate(
         "pictures": {},
         "notes": [],
     }
+    drawn = {g.name for g in galleries} & set(config.example_galleries) or {g.name for g in galleries}
     for gallery in galleries:
-        retrieval_part(session, gallery, folder, result)
+        retrieval_part(session, gallery, folder, result, examples=gallery.name in drawn)
     if config.zero_shot.enabled:
         zero_shot_part(session, galleries, classes, result)
     if config.probe.enabled:

@@ -43,6 +43,9 @@ class EvaluateConfig(StrictModel):
     """Bootstrap samples behind every interval."""
     examples: int = Field(default=6, ge=0, le=50)
     """Example queries in each direction per gallery; 0 draws none."""
+    example_galleries: tuple[str, ...] = ("openmoji_no_people", "icon_park", "test_word")
+    """Galleries to draw examples of; names that the data does not have are passed over, and where it has none
+    of them all galleries are drawn."""
     batch_size: int = Field(default=256, ge=1)
     device: str = "auto"
     seed: int = 0
@@ -68,6 +71,7 @@ class Session:
     root: Path
     shards: dict[Path, ShardSet] = field(default_factory=dict[Path, ShardSet])
     encoded: dict[Path, Encoded] = field(default_factory=dict[Path, Encoded])
+    texts: "Texts | None" = None
 
     def open(self, folder: Path) -> ShardSet:
         """The shard set of a folder, opened once."""
@@ -102,8 +106,8 @@ class Session:
         return got
 
 
-def retrieval_part(session: Session, gallery: Gallery, folder: Path, result: Json) -> None:
-    """Scores and examples of one gallery."""
+def retrieval_part(session: Session, gallery: Gallery, folder: Path, result: Json, *, examples: bool) -> None:
+    """Scores of one gallery, with pictures of examples if asked for."""
     config, images = session.config, session.gallery(gallery)
     ids, captions = unique_captions(images.captions)
     texts = session.model.encode_captions(captions)
@@ -115,7 +119,7 @@ def retrieval_part(session: Session, gallery: Gallery, folder: Path, result: Jso
         samples=config.bootstrap,
         seed=config.seed,
     )
-    if config.examples:
+    if examples and config.examples:
         result["examples"] += write_examples(
             folder,
             gallery.name,
@@ -131,30 +135,37 @@ def retrieval_part(session: Session, gallery: Gallery, folder: Path, result: Jso
         result["pictures"][name] = f"evaluate/examples_{gallery.name}.png"
 
 
-def _labels(encoded: Encoded | Sequence[dict[str, Any]], target: str) -> list[str]:
-    metas = encoded.metas if isinstance(encoded, Encoded) else encoded
+def _labels(metas: Sequence[Json], target: str) -> list[str]:
+    """The class name in each sample's JSON; empty where it has none."""
     return [str(meta.get(target) or "") for meta in metas]
 
 
-def _train_texts(session: Session) -> tuple[ShardSet, list[str], list[dict[str, Any]], list[int]] | None:
-    """Captions, JSON and sample ids of the training split, without decoding a picture; None if there is
-    none."""
+@dataclass(frozen=True)
+class Texts:
+    """Captions, JSON and sample ids of the training split's readable samples."""
+
+    folder: Path
+    captions: list[str]
+    metas: list[Json]
+    sample_ids: list[int]
+
+
+def _train_texts(session: Session) -> Texts | None:
+    """Texts of the training split, without decoding a picture; None if there is none."""
     folder = train_folder(session.root)
-    if folder is None:
-        return None
-    shards = session.open(folder)
-    captions: list[str] = []
-    metas: list[dict[str, Any]] = []
-    ids: list[int] = []
+    if folder is None or session.texts is not None:
+        return session.texts
+    shards, texts = session.open(folder), Texts(folder, [], [], [])
     for sample_id in range(len(shards)):
         try:
             raw = shards.read(sample_id)
         except DamagedSample:
             continue
-        captions.append(raw.caption)
-        metas.append(raw.meta)
-        ids.append(sample_id)
-    return shards, captions, metas, ids
+        texts.captions.append(raw.caption)
+        texts.metas.append(raw.meta)
+        texts.sample_ids.append(sample_id)
+    session.texts = texts
+    return texts
 
 
 def zero_shot_part(
@@ -171,13 +182,12 @@ def zero_shot_part(
     if train is None:
         result["notes"].append("zero-shot: no training split to take prompts from; set zero_shot.classes")
         return
-    _, captions, metas, _ = train
     for gallery in galleries:
         if gallery.name not in config.galleries:
             continue
         for target in config.targets:
-            members = zero_shot.member_prompts(captions, _labels(metas, target))
-            found = set(_labels(session.gallery(gallery), target)) - {""}
+            members = zero_shot.member_prompts(train.captions, _labels(train.metas, target))
+            found = set(_labels(session.gallery(gallery).metas, target)) - {""}
             bare = zero_shot.class_name_prompts(sorted(found))
             prompts = {name: members.get(name, bare[name]) for name in sorted(found)}
             name = f"{gallery.name}/{target}"
@@ -195,7 +205,7 @@ def _classify(
     result: Json,
 ) -> None:
     images = session.gallery(gallery)
-    labels = _labels(images, target)
+    labels = _labels(images.metas, target)
     rows = [i for i, label in enumerate(labels) if label in prompts]
     if not rows or len(prompts) < 2:
         result["notes"].append(f"zero-shot: no sample of {gallery.name} has a known class in '{target}'")
@@ -212,38 +222,41 @@ def _classify(
     )
 
 
+def _probe_rows(texts: Texts, config: ProbeConfig) -> tuple[list[int], list[str], list[str]]:
+    """Rows of the training split to fit on, evenly spaced over the labelled ones, their labels and groups."""
+    labelled = [i for i, label in enumerate(_labels(texts.metas, config.target)) if label]
+    spaced = np.linspace(0, len(labelled) - 1, min(len(labelled), config.max_train))
+    rows = [labelled[i] for i in np.unique(spaced.round().astype(np.int64))] if labelled else []
+    metas = [texts.metas[i] for i in rows]
+    groups = _labels(metas, config.holdout_by)
+    if len(set(groups)) < 2:  # of one vendor: keep concepts whole instead
+        groups = [str(c) for c in concept_ids([texts.captions[i] for i in rows], metas)]
+    return rows, _labels(metas, config.target), groups
+
+
 def probe_part(session: Session, galleries: list[Gallery], result: Json) -> None:
     """Fit the probe once on the training split and score it on each gallery that has labels."""
-    config, train = session.config.probe, _train_texts(session)
+    config, texts = session.config.probe, _train_texts(session)
     tests: list[tuple[str, Encoded]] = []
     for gallery in galleries:
         if gallery.name in config.galleries:
             images = session.gallery(gallery)
-            rows = [i for i, label in enumerate(_labels(images, config.target)) if label]
-            if rows:
-                tests.append((gallery.name, images.take(rows)))
-    if train is None or not tests:
+            labelled = [i for i, label in enumerate(_labels(images.metas, config.target)) if label]
+            if labelled:
+                tests.append((gallery.name, images.take(labelled)))
+    if texts is None or not tests:
         result["notes"].append(f"linear probe: no labels '{config.target}' in a training split and a gallery")
         return
-    _, captions, metas, ids = train
-    labelled = [i for i, label in enumerate(_labels(metas, config.target)) if label]
-    keep = np.unique(np.linspace(0, len(labelled) - 1, min(len(labelled), config.max_train)).round())
-    chosen = [labelled[int(i)] for i in keep] if labelled else []
-    groups = _labels([metas[i] for i in chosen], config.holdout_by)
-    if len(set(groups)) < 2:
-        groups = [f"{c}" for c in concept_ids([captions[i] for i in chosen], [metas[i] for i in chosen])]
-    labels = _labels([metas[i] for i in chosen], config.target)
+    rows, labels, groups = _probe_rows(texts, config)
     if len(set(groups)) < 2 or len(set(labels)) < 2:
         result["notes"].append("linear probe: the training split has fewer than two classes or groups")
         return
-    folder = train_folder(session.root)
-    assert folder is not None
-    encoded = session.encode(folder, np.array([ids[i] for i in chosen], dtype=np.int64))
+    train = session.encode(texts.folder, np.array([texts.sample_ids[i] for i in rows], dtype=np.int64))
     scores = linear_probe(
-        encoded.features,
+        train.features,
         labels,
         groups,
-        [(t.features, _labels(t, config.target), concept_ids(t.captions, t.metas)) for _, t in tests],
+        [(t.features, _labels(t.metas, config.target), concept_ids(t.captions, t.metas)) for _, t in tests],
         config,
         samples=session.config.bootstrap,
         seed=session.config.seed,

@@ -1,13 +1,21 @@
 """The whole evaluation on a tiny corpus: equal to open_clip's own features, the same every time, and kind
 to users."""
 
+import argparse
+import io
 import json
+import shlex
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from diptych.cli import evaluate as evaluate_command
+from diptych.cli import report as report_command
+from diptych.cli.evaluate import print_scores
 from diptych.configs.errors import UserError
 from diptych.data.shards import open_shards
 from diptych.pretrain.evaluate import EvaluateConfig, evaluate, quick_retrieval
@@ -27,6 +35,7 @@ from .evaluate_corpus import (
 )
 
 QUICK = EvaluateConfig(
+    example_galleries=("openmoji", "both"),
     bootstrap=100,
     examples=2,
     zero_shot=ZeroShotConfig(galleries=("openmoji",)),
@@ -183,3 +192,40 @@ def test_a_gallery_that_names_samples_which_are_gone_is_an_error(tmp_path: Path,
     (root / "galleries.json").write_text(json.dumps(galleries))
     with pytest.raises(UserError, match=r"1 of 25 samples .* openmoji-purple"):
         evaluate(run, QUICK.model_copy(update={"data": str(root), "out": str(tmp_path / "out")}))
+
+
+def test_the_printed_tables_hold_chance_majority_and_interval_beside_each_score() -> None:
+    score = {"value": 0.1234, "low": 0.1, "high": 0.15, "chance": 0.0007}
+    ways = {"R@1": score, "R@5": score | {"value": 0.4321}}
+    labelled = {"accuracy": score | {"majority": 0.142}, "classes": 97, "n": 1430}
+    result = {
+        "folder": "runs/tiny",
+        "retrieval": {"pets[bold]": {"image_to_text": ways, "text_to_image": ways}},
+        "zero_shot": {"pets/kind": labelled},
+        "linear_probe": {},
+        "notes": ["linear probe: [none]"],
+        "pictures": {"retrieval_examples": "evaluate/examples_pets.png"},
+    }
+    out = io.StringIO()
+    print_scores(result, Console(file=out, width=120))
+    text = out.getvalue()
+    for words in ("0.432", "0.100 to 0.150", "0.0007", "0.142", "97", "[none]", "runs/tiny/evaluate.json"):
+        assert words in text
+    assert "pets[bold]" in text
+    assert "Linear probe accuracy" not in text
+
+
+@pytest.mark.parametrize("command", [evaluate_command, report_command])
+def test_the_help_of_the_commands_has_an_example(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser(prog="diptych")
+    command.add_parser(parser.add_subparsers())
+    name = command.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args([name, "--help"])
+    shown = capsys.readouterr().out
+    example = next(
+        line.strip() for line in shown.splitlines() if line.strip().startswith(f"diptych {name} runs")
+    )
+    assert parser.parse_args(shlex.split(example)[1:]).run is command.run
