@@ -252,6 +252,9 @@ def probe_part(session: Session, galleries: list[Gallery], result: Json) -> None
         result["notes"].append("linear probe: the training split has fewer than two classes or groups")
         return
     train = session.encode(texts.folder, np.array([texts.sample_ids[i] for i in rows], dtype=np.int64))
+    at = {texts.sample_ids[row]: i for i, row in enumerate(rows)}
+    read = [at[int(sample_id)] for sample_id in train.sample_ids]  # pictures that do not decode are left out
+    labels, groups = [labels[i] for i in read], [groups[i] for i in read]
     scores = linear_probe(
         train.features,
         labels,
