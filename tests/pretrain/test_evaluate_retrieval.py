@@ -18,9 +18,9 @@ def features(n: int, d: int, seed: int) -> torch.Tensor:
 
 
 def test_captions_are_one_if_they_differ_in_case_and_white_space_only() -> None:
-    ids, unique = unique_captions(["Red  apple", "pear", "red apple ", "caf\u0065\u0301", "CAF\u00c9"])
+    ids, unique = unique_captions(["Red  apple", "pear", "red apple ", "e\u0301 key", "\u00c9 KEY"])
     assert ids.tolist() == [0, 1, 0, 2, 2]
-    assert unique == ["Red  apple", "pear", "caf\u0065\u0301"]
+    assert unique == ["Red  apple", "pear", "e\u0301 key"]
 
 
 def test_a_worked_example_by_hand() -> None:
