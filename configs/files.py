@@ -1,0 +1,52 @@
+"""Files that are whole or absent: atomic writes, and where caches live."""
+
+import os
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_write_bytes", "atomic_write_text", "cache_dir", "fsync_folder", "temporary_beside"]
+
+
+def cache_dir() -> Path:
+    """Where downloads and corpora are kept: ``DIPTYCH_CACHE``, else ``diptych`` in the user's cache folder
+    (``XDG_CACHE_HOME``, by default ``~/.cache``). It may not exist yet."""
+    if own := os.environ.get("DIPTYCH_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diptych"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Generator[Path]:
+    """A temporary name in ``path``'s folder. What is written there becomes ``path`` when the block ends well,
+    synced to disk; after an error it is removed and ``path`` is as it was."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data``; at every moment ``path`` holds the old content or all of the new."""
+    with temporary_beside(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 ``text`` with its line ends as they are; see ``atomic_write_bytes``."""
+    atomic_write_bytes(path, text.encode("utf-8"))
