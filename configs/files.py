@@ -6,7 +6,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write_bytes", "atomic_write_text", "cache_dir", "fsync_folder", "temporary_beside"]
+from .errors import UserError
+
+__all__ = [
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "cache_dir",
+    "fsync_folder",
+    "resolve_data_path",
+    "temporary_beside",
+]
 
 
 def cache_dir() -> Path:
@@ -15,6 +24,28 @@ def cache_dir() -> Path:
     if own := os.environ.get("DIPTYCH_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diptych"
+
+
+def resolve_data_path(text: str | Path) -> Path:
+    """The path that a config names: ``corpus:NAME/REST`` lies in the cache's ``corpora`` folder, anything
+    else is a path as it stands (``~`` is the home folder).
+
+    Raises UserError for a corpus that was not fetched and for a name that leaves the folder of corpora.
+    """
+    name = str(text)
+    if not name.startswith("corpus:"):
+        return Path(name).expanduser()
+    inside = Path(name.removeprefix("corpus:"))
+    if inside.is_absolute() or not inside.parts or ".." in inside.parts:
+        raise UserError(
+            f"'{name}' must be corpus:NAME or corpus:NAME/REST, for instance corpus:icons-demo/train"
+        )
+    corpora = cache_dir() / "corpora"
+    if not (corpora / inside.parts[0]).is_dir():
+        raise UserError(
+            f"'{name}': there is no corpus {inside.parts[0]} in {corpora}; fetch it with `diptych data fetch icons`"
+        )
+    return corpora / inside
 
 
 def fsync_folder(folder: Path) -> None:
