@@ -37,14 +37,11 @@ def resolve_data_path(text: str | Path) -> Path:
         return Path(name).expanduser()
     inside = Path(name.removeprefix("corpus:"))
     if inside.is_absolute() or not inside.parts or ".." in inside.parts:
-        raise UserError(
-            f"'{name}' must be corpus:NAME or corpus:NAME/REST, for instance corpus:icons-demo/train"
-        )
+        raise UserError(f"'{name}' must be corpus:NAME/REST, for instance corpus:icons-demo/train")
     corpora = cache_dir() / "corpora"
     if not (corpora / inside.parts[0]).is_dir():
-        raise UserError(
-            f"'{name}': there is no corpus {inside.parts[0]} in {corpora}; fetch it with `diptych data fetch icons`"
-        )
+        missing = f"there is no corpus {inside.parts[0]} in {corpora}"
+        raise UserError(f"'{name}': {missing}; fetch it with `diptych data fetch icons`")
     return corpora / inside
 
 
