@@ -1,0 +1,61 @@
+"""What holds for every test: a cache of its own, W&B offline, no connection off this machine."""
+
+import os
+import socket
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("DIPTYCH_REQUIRE_ALL") == "1"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's is read or written, and nothing is looked up on a hub."""
+    monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_DIR", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def this_machine_only() -> Generator[None]:
+    """Python sockets connect to loopback addresses and nowhere else."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        inet = self.family in (socket.AF_INET, socket.AF_INET6)
+        if inet and not (str(address[0]).startswith("127.") or address[0] in ("::1", "localhost")):
+            raise RuntimeError(f"a test tried to reach {address[0]}; tests stay on this machine")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture
+def require() -> Callable[[object, str], None]:
+    """``require(condition, reason)``: skip with the reason where the condition does not hold. With
+    ``DIPTYCH_REQUIRE_ALL=1`` in the environment that is a failure, see below."""
+
+    def check(condition: object, reason: str) -> None:
+        if not condition:
+            pytest.skip(reason)
+
+    return check
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Where everything must run, a skipped test is a failed one; a GPU alone may be absent."""
+    report = yield
+    excused = item.get_closest_marker("gpu") is not None or hasattr(report, "wasxfail")
+    if REQUIRE_ALL and report.skipped and not excused:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but DIPTYCH_REQUIRE_ALL=1: {report.longrepr[2]}"
+    return report
