@@ -1,0 +1,260 @@
+"""Writing shards: whole or absent, and the same bytes for the same samples."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from ..configs.errors import UserError
+from ..configs.files import fsync_folder
+from .image_header import EXTENSIONS, FORMATS, MAX_IMAGE_BYTES, HeaderError, read_header
+from .index import (
+    MANIFEST,
+    OK,
+    RECORD,
+    ROTATED,
+    SIZES,
+    ShardRow,
+    idx_path,
+    index_bytes,
+    make_row,
+    read_manifest,
+    text_hash,
+    write_manifest,
+)
+from .tars import END, MAX_NAME_BYTES, member_header, padding
+
+__all__ = ["RefusedSample", "ShardWriter", "check_key"]
+
+STAGING = ".partial"
+TAR_RECORD = 10240  # tar pads archives to this
+
+
+class RefusedSample(UserError):
+    """A sample that may not go into a shard: its key and a reason in one word beside the sentence."""
+
+    def __init__(self, key: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.key, self.reason = key, reason
+
+
+def check_key(key: str) -> None:
+    """RefusedSample unless every webdataset reader finds ``key`` as it is: no dot (a reader cuts there), no
+    control character, no empty or absolute path, no leading ``__`` (readers skip such members), and short
+    enough for a USTAR header."""
+    if "." in key:
+        problem = "has a dot, where readers cut it; write '-' or '_' for it"
+    elif not key or key.startswith(("/", "__")) or "//" in key or key.endswith("/"):
+        problem = "is empty, begins with '/' or '__', or has an empty part; name it otherwise"
+    elif re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", key):
+        problem = "has a control character or half a character; take it out"
+    elif len(key.encode()) > MAX_NAME_BYTES - len(".webp"):
+        problem = f"is longer than {MAX_NAME_BYTES - len('.webp')} bytes; shorten it"
+    else:
+        return
+    raise RefusedSample(key, "key", f"key {key!r} {problem}")
+
+
+class ShardWriter:
+    """Write samples into ``folder`` as tars of ``samples_per_shard``, each with its index::
+
+        with ShardWriter("my-shards") as writer:
+            writer.write("cat-0001", png, "png", "a cat on a mat", {"source": "mine"})
+
+    The shards appear in ``folder`` when the block ends well, ``manifest.jsonl`` last of all; after an error
+    there is nothing. A killed process leaves its half under ``.partial``, which the next writer clears. Equal
+    samples in equal order give equal bytes. UserError if the folder holds shards already, unless
+    ``overwrite``, or if nothing was written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        samples_per_shard: int = 1000,
+        bytes_per_shard: int = 1 << 30,
+        overwrite: bool = False,
+    ) -> None:
+        if samples_per_shard < 1 or bytes_per_shard < 1:
+            raise UserError("samples_per_shard and bytes_per_shard must be at least 1")
+        self.folder = Path(folder)
+        self.samples_per_shard, self.bytes_per_shard = samples_per_shard, bytes_per_shard
+        self.overwrite = overwrite
+        self.count = 0
+        """Samples written so far."""
+        self._keys: set[str] = set()
+        self._rows: list[ShardRow] = []
+        self._shard: _OpenShard | None = None
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        if not self.overwrite:
+            _refuse_full(self.folder)
+        staging = self.folder / STAGING
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write shards to {self.folder}: {error.strerror}") from error
+        self._lock = os.open(staging, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise UserError(f"another process writes shards to {self.folder}; wait for it") from error
+        except OSError:  # a file system without locks
+            pass
+        for old in staging.iterdir():
+            old.unlink()
+        return self
+
+    def write(self, key: str, image: bytes, extension: str, caption: str, meta: Mapping[str, Any]) -> None:
+        """Append one sample.
+
+        ``extension``: what the bytes of ``image`` are, "jpg", "jpeg", "png" or "webp". ``caption``: not blank.
+        ``meta``: a flat dict of JSON values. Raises RefusedSample, a UserError, and stays as it was if key,
+        image, caption or meta are not fit to be written, or the key is there already.
+        """
+        if self._lock is None:
+            raise ValueError("write() outside the writer's with block")
+        check_key(key)
+        if key in self._keys:
+            raise RefusedSample(key, "duplicate", f"key '{key}' is there twice; keys must be unique")
+        try:
+            header = read_header(image)
+        except HeaderError as error:
+            raise RefusedSample(key, "decode", f"sample '{key}': cannot read the image: {error}") from error
+        if len(image) > MAX_IMAGE_BYTES:
+            raise RefusedSample(key, "size", f"sample '{key}': the image has {len(image)} bytes")
+        if EXTENSIONS.get(extension.lower().lstrip(".")) != header.format:
+            raise RefusedSample(
+                key, "format", f"sample '{key}': the image is {header.format}, not {extension}; name it so"
+            )
+        if not caption.strip():
+            raise RefusedSample(key, "caption", f"sample '{key}': the caption is blank")
+        try:
+            text = caption.encode("utf-8")
+            json_bytes = json.dumps(
+                dict(meta), ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")
+            ).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RefusedSample(
+                key, "json", f"sample '{key}': caption or meta cannot be written as JSON text: {error}"
+            ) from error
+        record = np.zeros((), dtype=RECORD)
+        record["width"], record["height"] = header.width, header.height
+        record["format"] = FORMATS.index(header.format)
+        record["image_xxh3"] = xxh3_64_intdigest(image)
+        record["text_xxh3"] = text_hash(text, json_bytes)
+        record["text_len"] = min(len(caption), 65535)
+        record["flags"] = OK | (ROTATED if header.rotated else 0)
+        if self._shard is None:
+            self._shard = _OpenShard(self.folder / STAGING / f"{len(self._rows):05d}.tar")
+        self._shard.add(key, {header.format: image, "json": json_bytes, "txt": text}, record)
+        self._keys.add(key)
+        self.count += 1
+        if len(self._shard.keys) >= self.samples_per_shard or self._shard.size >= self.bytes_per_shard:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self._rows.append(self._shard.finish())
+            self._shard = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish_shard()
+                if not self._rows:
+                    raise UserError(f"no samples were written to {self.folder}")
+                self._publish()
+        finally:
+            if self._shard is not None:
+                self._shard.file.close()
+            shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+            with suppress(OSError):  # a folder that we made and that stayed empty
+                self.folder.rmdir()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _publish(self) -> None:
+        """Move the shards into the folder; the manifest, which makes them valid, comes last."""
+        if self.overwrite:
+            _remove_old(self.folder)
+        for row in self._rows:
+            shard = self.folder / STAGING / row.shard
+            # never an index without its tar
+            shard.rename(self.folder / shard.name)
+            idx_path(shard).rename(self.folder / idx_path(shard).name)
+        fsync_folder(self.folder)
+        write_manifest(self.folder, self._rows)
+
+
+class _OpenShard:
+    """A tar that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.keys, self.records = path, list[str](), list[np.ndarray]()
+        self.file = path.open("wb")
+        self.size, self.hash = 0, xxh3_64()
+
+    def add(self, key: str, members: Mapping[str, bytes], record: np.ndarray) -> None:
+        for extension in sorted(members):
+            data = members[extension]
+            name = {"json": "json", "txt": "caption"}.get(extension, "image")
+            record[f"{name}_offset"] = self.size + 512
+            record[f"{name}_size"] = len(data)
+            self._append(member_header(f"{key}.{extension}", len(data)) + data + padding(len(data)))
+        self.keys.append(key)
+        self.records.append(record)
+
+    def _append(self, data: bytes) -> None:
+        self.file.write(data)
+        self.hash.update(data)
+        self.size += len(data)
+
+    def finish(self) -> ShardRow:
+        """Close the tar, write its index, and give the manifest's row."""
+        self._append(END)
+        self._append(padding(self.size, TAR_RECORD))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        idx = index_bytes(self.size, self.hash.intdigest(), np.stack(self.records), self.keys)
+        with idx_path(self.path).open("wb") as file:
+            file.write(idx)
+            file.flush()
+            os.fsync(file.fileno())
+        return make_row(self.path.name, idx)
+
+
+def _refuse_full(folder: Path) -> None:
+    if (folder / MANIFEST).exists() or any(folder.glob("*.tar")):
+        raise UserError(f"{folder} holds shards already; choose an empty folder or give --overwrite")
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove the data set that the folder's manifest lists, its manifest first; refuse other tars."""
+    if not (folder / MANIFEST).exists():
+        return _refuse_full(folder)
+    old = read_manifest(folder)
+    if any(row.foreign for row in old):
+        raise UserError(f"{folder} holds tars that were only indexed here; choose another folder")
+    (folder / MANIFEST).unlink()
+    (folder / SIZES).unlink(missing_ok=True)
+    for row in old:
+        idx_path(folder / row.shard).unlink(missing_ok=True)
+        (folder / row.shard).unlink(missing_ok=True)
+    return None
