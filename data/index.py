@@ -1,5 +1,4 @@
-"""The files beside the tars: ``00000.idx``, where each sample lies, and ``manifest.jsonl``, which shards there
-are.
+"""The files beside the tars: ``00000.idx``, where each sample lies, and ``manifest.jsonl``, the shards.
 
 ``NAME.idx`` is little-endian: a 64-byte header (``HEADER``), one fixed-width record per sample (``RECORD``),
 and the samples' keys as UTF-8, one after the other. Samples that cannot be used keep their record, without
@@ -10,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +178,10 @@ class ShardRow:
 
     def to_json(self) -> str:
         """The row as canonical JSON."""
-        fields: dict[str, Any] = dict(vars(self))
-        if not self.foreign:
-            del fields["foreign"], fields["caption_key"]
-        return json.dumps(fields, ensure_ascii=False, separators=(", ", ": "))
+        given = {
+            name: value for name, value in vars(self).items() if value is not False and value is not None
+        }
+        return json.dumps(given, ensure_ascii=False, separators=(", ", ": "))
 
 
 def make_row(name: str, idx: bytes, *, foreign: bool = False, caption_key: str | None = None) -> ShardRow:
@@ -195,8 +194,9 @@ def make_row(name: str, idx: bytes, *, foreign: bool = False, caption_key: str |
 
 
 def fingerprint(rows: Sequence[ShardRow]) -> str:
-    """SHA-256 of the canonical manifest: equal for equal shards in equal order, whatever the folder."""
-    return hashlib.sha256("\n".join(row.to_json() for row in rows).encode()).hexdigest()
+    """SHA-256 of the canonical manifest: equal for equal shards and indexes, in whatever folder."""
+    lines = [replace(row, foreign=False).to_json() for row in rows]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, rows: Sequence[ShardRow]) -> None:

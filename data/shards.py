@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from ..configs.errors import UserError
+from ..configs.files import resolve_data_path
 from .image_header import FORMATS, MAX_IMAGE_BYTES
 from .index import (
     CAPTION_IN_JSON,
@@ -245,12 +246,12 @@ def _members(opened: _OpenedShard, record: np.void, shard: str, key: str) -> tup
 
 
 def open_shards(folder: str | Path) -> ShardSet:
-    """Open a folder of shards.
+    """Open a folder of shards; ``corpus:NAME/SPLIT`` is one of a fetched corpus.
 
     Raises UserError, with the mend, if there is no such folder, no ``manifest.jsonl``, a shard or index is
     missing or has another size than the manifest says, or no sample can be used.
     """
-    folder = Path(folder).expanduser()
+    folder = resolve_data_path(folder)
     rows = read_manifest(folder)
     for row in rows:
         _check_files(folder, row)

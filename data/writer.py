@@ -120,7 +120,8 @@ class ShardWriter:
     def write(self, key: str, image: bytes, extension: str, caption: str, meta: Mapping[str, Any]) -> None:
         """Append one sample.
 
-        ``extension``: what the bytes of ``image`` are, "jpg", "jpeg", "png" or "webp". ``caption``: not blank.
+        ``extension``: what the bytes of ``image`` are: "jpg", "jpeg", "png" or "webp". ``caption``: not
+        blank.
         ``meta``: a flat dict of JSON values. Raises RefusedSample, a UserError, and stays as it was if key,
         image, caption or meta are not fit to be written, or the key is there already.
         """
