@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 
 from ..configs.errors import UserError
 
-__all__ = ["COMMANDS", "build_parser", "main"]
+__all__ = ["COMMANDS", "build_parser", "main", "parse_line"]
 
 COMMANDS = ("data", "pretrain", "evaluate", "finetune", "predict", "report", "demo")
 
 EPILOG = """example:
   diptych data fetch icons
-  diptych pretrain configs/demo/pretrain.yaml run=runs/first optim.lr=1e-3
+  diptych pretrain configs/demo/pretrain.yaml out=runs/first optim.lr=1e-3
   diptych evaluate runs/first
 
 `diptych COMMAND --help` tells more. Settings are a YAML file and key=value overrides; a mistake ends with one
@@ -41,6 +41,7 @@ _MENDABLE = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "free some space there, or raise the limit of file sizes (ulimit -f)",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
@@ -95,7 +96,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse_line(argv: list[str]) -> argparse.Namespace:
     """Arguments of one command. Overrides may stand before and after options."""
     parser = build_parser()
     args, extra = parser.parse_known_args(argv)
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        args = _parse(words)
+        args = parse_line(words)
     except SystemExit as stop:  # after --help, --version or a mistake in the line, already printed
         return int(stop.code or 0)
     try:
