@@ -4,6 +4,6 @@
 class UserError(Exception):
     """A mistake the user can mend.
 
-    The message is one sentence that names the file, the key, the value and the mend. The command line prints it
-    without a traceback and exits with code 2.
+    The message is one sentence that names the file, the key, the value and the mend. The command line prints
+    it without a traceback and exits with code 2.
     """

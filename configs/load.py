@@ -1,7 +1,7 @@
-"""Typed configs from YAML: composition by ``base``, dotted overrides, and every mistake named in one sentence.
+"""Typed configs from YAML: composition by ``base``, dotted overrides, every mistake named in one sentence.
 
-Numbers and booleans follow YAML 1.2 (``5e-4`` is a number, ``no`` is a string); duplicate keys and unknown keys
-are errors, the latter with the nearest known name.
+Numbers and booleans follow YAML 1.2 (``5e-4`` is a number, ``no`` is a string); duplicate keys and unknown
+keys are errors, the latter with the nearest known name.
 """
 
 import json
@@ -80,7 +80,7 @@ def _parse(text: str, name: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Json:
-    """The mapping in a YAML file, its ``base`` files merged underneath it. UserError if that cannot be had."""
+    """The mapping in a YAML file, its ``base`` files merged underneath it; UserError if it has none."""
     return _read(Path(path), ())
 
 

@@ -1,0 +1,116 @@
+"""What a run reports: ``metrics.jsonl``, which is the truth, and Weights & Biases, which is a sink.
+
+One line per log, ``{"kind": .., "step": .., "samples_seen": .., ..}``. On resume the file is cut back to
+the checkpoint's step, so it reads as if nothing had happened. W&B cannot do that, and two offline starts of
+one id do not merge there: each start is a W&B run of its own, all in one group named after the run.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ..configs.errors import UserError
+from ..configs.files import atomic_write_bytes, atomic_write_text
+from ..configs.load import StrictModel
+
+__all__ = ["Tracker", "TrackingConfig", "cut_metrics", "read_metrics"]
+
+
+class TrackingConfig(StrictModel):
+    """Weights & Biases; ``metrics.jsonl`` is always written."""
+
+    wandb: Literal["offline", "online", "off"] = "offline"
+    """``offline`` writes into the run folder and sends nothing; ``online`` needs ``wandb login``."""
+    project: str = "diptych"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a crash cut short is left out. Empty if there is no file."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leave only the rows up to ``step``, and no half line."""
+    if path.is_file():
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+class Tracker:
+    """Where a run's numbers go. One process of a run has it."""
+
+    def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> None:
+        """``folder``: the run's, made if absent. ``run_config``: plain values shown beside the curves.
+
+        Raises UserError if W&B cannot be started online.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        self._wandb = None if config.wandb == "off" else _start_wandb(folder, config, run_config)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row. It must hold ``kind`` and ``step``; ``samples_seen`` is W&B's axis where given."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            kind = row["kind"]
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            axes = {k: numbers.pop(k) for k in ("step", "samples_seen") if k in numbers}
+            self._wandb.log({k if "/" in k else f"{kind}/{k}": v for k, v in numbers.items()} | axes)
+
+    def log_pictures(self, pictures: Mapping[str, Path]) -> None:
+        """Show picture files in W&B."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close everything; may be called twice."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code, quiet=True)
+            self._wandb = None
+
+
+def _start_wandb(folder: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> Any:
+    """A W&B run whose files lie in ``folder/wandb``; its group is kept in ``folder/wandb_group.txt``."""
+    import wandb
+
+    known = folder / "wandb_group.txt"
+    if not known.is_file():
+        atomic_write_text(known, f"{folder.resolve().name}-{secrets.token_hex(4)}\n")
+    group = known.read_text(encoding="utf-8").strip()
+    mode = "offline" if os.environ.get("WANDB_MODE") == "offline" else config.wandb
+    try:
+        run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=group,
+            name=folder.resolve().name,
+            tags=list(config.tags),
+            config=dict(run_config),
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
+        )
+    except (wandb.Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"tracking.wandb: cannot start a run {mode} ({reason}); run `wandb login`, or set "
+            "tracking.wandb=offline"
+        ) from error
+    run.define_metric("*", step_metric="samples_seen")
+    return run
