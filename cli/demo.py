@@ -7,6 +7,7 @@ was stopped; so this command does too.
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def plan(*, quick: bool, processes: int) -> list[Step]:
             (
                 "finetune",
                 heads,
-                f"checkpoint={pretrained}",
+                f"model.checkpoint={pretrained}",
                 f"out={tuned}",
                 *(QUICK_FINETUNE if quick else ()),
             ),
@@ -113,9 +114,9 @@ def plan(*, quick: bool, processes: int) -> list[Step]:
 
 
 # a run that takes a minute and goes through every piece
-QUICK_PRETRAIN: tuple[str, ...] = ()
-QUICK_EVALUATE: tuple[str, ...] = ()
-QUICK_FINETUNE: tuple[str, ...] = ()
+QUICK_PRETRAIN = ("train.epochs=null", "train.total_samples=16384")
+QUICK_EVALUATE = ("galleries=[openmoji_no_people, test_word]", "probe.enabled=false", "bootstrap=200")
+QUICK_FINETUNE = ("heads=[concat, late]", "adapt.epochs=2", "eval.seeds=[0]", "eval.bootstrap=200")
 
 
 def _folders(quick: bool) -> tuple[str, str]:
@@ -147,10 +148,14 @@ def _run(step: Step) -> float:
 
     begun = time.monotonic()
     code = _wait([sys.executable, "-m", step.module, *step.command])
-    if code in (130, -2):
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
-        how = "was killed (out of memory?)" if code in (-9, 137) else f"ended with exit code {code}"
+        how = (
+            "was killed (out of memory?)"
+            if code in (-signal.SIGKILL, 137)
+            else f"ended with exit code {code}"
+        )
         raise UserError(
             f"the demo's step '{step.name}' {how}; mend what it says above and give the same command again, "
             "finished steps are kept"
@@ -159,8 +164,10 @@ def _run(step: Step) -> float:
 
 
 def _wait(command: Sequence[str]) -> int:
-    """The exit code of a command. On Ctrl-C the terminal has told the command too: it gets time to save."""
+    """The exit code of a command. On Ctrl-C the terminal has told the command too, and it gets time to save;
+    SIGTERM is passed on."""
     with subprocess.Popen(command) as process:
+        old = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
         try:
             return process.wait()
         except BaseException:
@@ -169,3 +176,5 @@ def _wait(command: Sequence[str]) -> int:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.terminate()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, old)

@@ -62,6 +62,5 @@ def test_python_in_fences_compiles() -> None:
 
 def test_every_document_is_listed() -> None:
     listed = read(Path("docs/README.md"))
-    assert [p.name for p in DOCUMENTS if p.parts[0] == "docs" and f"({p.name})" not in listed] == [
-        "README.md"
-    ]
+    names = [path.name for path in DOCUMENTS if path.parts[0] == "docs" and path.name != "README.md"]
+    assert [name for name in names if f"({name})" not in listed] == []
