@@ -81,7 +81,7 @@ class Tracker:
         """Close everything; may be called twice."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code, quiet=True)
+            self._wandb.finish(exit_code=exit_code)
             self._wandb = None
 
 

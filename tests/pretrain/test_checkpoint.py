@@ -81,7 +81,8 @@ while True:
     step += 1
     for part in tensors.values():
         part["w"].fill_(float(step))
-    checkpoint.save(Path(sys.argv[1]), step, tensors=tensors, documents={"trainer.json": {"step": step}}, keep=1)
+    documents = {"trainer.json": {"step": step}}
+    checkpoint.save(Path(sys.argv[1]), step, tensors=tensors, documents=documents, keep=1)
     print(step, flush=True)
 """
 

@@ -1,0 +1,92 @@
+"""What a config would do, before it does it: shapes, parameters, work, memory, steps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data.stream import open_stream
+from ..data.text import build_tokenizer
+from .config import PretrainConfig
+from .contrastive import contrastive_loss
+from .model import ContrastiveModel, build_model, open_clip_config
+
+__all__ = ["dry_run"]
+
+STATE_BYTES = 16  # per parameter: fp32 weight, gradient and AdamW's two moments
+PROBE = 8  # samples
+
+
+def dry_run(config: PretrainConfig) -> Iterator[str]:
+    """Build the model and the stream, run a few samples forward and backward on the CPU, and describe the run
+    line by line. Writes nothing. Raises UserError as training would."""
+    clip = build_model(config.model, load_weights=False)
+    text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
+    tokenizer = build_tokenizer(text_cfg.get("hf_tokenizer_name"), int(text_cfg.get("context_length", 77)))
+    root = ContrastiveModel(clip, pad_id=tokenizer.pad_id)
+    size = clip.visual.image_size
+    side = int(size[0] if isinstance(size, tuple | list) else size)  # type: ignore[arg-type]
+    probe = min(PROBE, config.train.global_batch_size)
+    stream = open_stream(
+        config.data.model_copy(update={"workers": 0}),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        image_size=side,
+        tokenizer=tokenizer,
+    )
+    batch = next(iter(stream))
+    stream.close()
+    steps = config.train.total_samples and -(-config.train.total_samples // config.train.global_batch_size)
+    steps = steps or max(1, round((config.train.epochs or 0) * stream.steps_per_epoch))
+    images = sum(p.numel() for p in clip.visual.parameters())
+    texts = sum(p.numel() for p in clip.text.parameters())
+    flops, saved = _measure(root, _few(batch, probe))
+    parameters, batch_size = images + texts, config.train.global_batch_size
+    yield f"data: {stream.num_samples:,} samples, {stream.steps_per_epoch} steps an epoch"
+    yield f"run: {steps:,} steps of {batch_size:,} samples, {steps * batch_size:,} in all"
+    yield f"image tower: {images / 1e6:.1f} M parameters at {side} px; text tower: {texts / 1e6:.1f} M"
+    for name in ("image", "token_ids", "seq_lens", "valid"):
+        value: Tensor = batch[name]
+        yield f"global batch: {name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    lengths = batch["seq_lens"]
+    yield (
+        f"captions: {lengths.float().mean():.1f} tokens on average of {tokenizer.context_length}; "
+        f"{int((~batch['valid']).sum())} damaged samples in the first batch"
+    )
+    yield f"work: {flops / probe / 1e9:.2f} GFLOP a sample, forward and backward"
+    yield (
+        f"memory: {STATE_BYTES * parameters / 2**30:.2f} GiB for weights, gradients and optimizer, and "
+        f"{saved / probe / 2**20:.2f} MiB of activations a sample "
+        f"({saved / probe * config.train.global_batch_size / 2**30:.2f} GiB a global batch)"
+    )
+
+
+def _few(batch: dict[str, Any], n: int) -> dict[str, Any]:
+    """The first n samples of a batch."""
+    tokens = int(batch["seq_lens"][:n].sum())
+    return {
+        "image": batch["image"][:n],
+        "seq_lens": batch["seq_lens"][:n],
+        "token_ids": batch["token_ids"][:tokens],
+    }
+
+
+def _measure(root: ContrastiveModel, batch: dict[str, Any]) -> tuple[int, int]:
+    """FLOPs of forward and backward, and bytes of tensors kept for the backward, both for these samples."""
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in root.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    root.train()
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = contrastive_loss(**root(batch))
+        loss.backward()
+    return counter.get_total_flops(), sum(kept.values())

@@ -1,0 +1,53 @@
+"""Damaged samples of a run: counted on every rank, named in ``quarantine.jsonl``, bounded by a budget."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..configs.errors import UserError
+from . import distributed
+from .tracking import cut_metrics, read_metrics
+
+__all__ = ["Quarantine"]
+
+
+class Quarantine:
+    """The damaged samples met so far, each named once; every rank counts, rank 0 writes."""
+
+    def __init__(self, path: Path, allowed: Callable[[int], int]) -> None:
+        """``allowed``: how many distinct samples may be damaged after so many samples seen."""
+        self.path = path
+        self.allowed = allowed
+        self._known: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Distinct damaged samples."""
+        return len(self._known)
+
+    def resume(self, step: int) -> None:
+        """Forget what was met after ``step``."""
+        if distributed.rank() == 0:
+            cut_metrics(self.path, step)
+        distributed.barrier()
+        self._known = {int(row["sample_id"]) for row in read_metrics(self.path)}
+
+    def add(self, bad: Sequence[Mapping[str, Any]], *, step: int, samples_seen: int, device: Any) -> None:
+        """Take in this rank's damaged samples of one step; every rank calls it in the same step.
+
+        Raises UserError, on every rank, past what is allowed.
+        """
+        everyone = [row for part in distributed.gather_json(list(bad), device=device) for row in part]
+        rows = [{**row, "step": step} for row in everyone if row["sample_id"] not in self._known]
+        self._known |= {row["sample_id"] for row in rows}
+        if distributed.rank() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.count > self.allowed(samples_seen):
+            first = ", ".join(f"{row['key']} in {row['shard']} ({row['reason']})" for row in everyone[:3])
+            raise UserError(
+                f"data.max_bad_fraction: {self.count} samples are damaged after {samples_seen} seen, more "
+                f"than it allows, for instance {first}; all are named in {self.path}: run `diptych data "
+                "verify` on the shards, mend or remove them, or raise the limit"
+            )

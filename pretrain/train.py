@@ -1,0 +1,302 @@
+"""The training loop of a contrastive run, read from top to bottom.
+
+Every process builds the same model, takes its rows of each global batch from the stream and joins the loss
+over the global batch. One small all-reduce a step carries what all must know: damaged samples, a request to
+stop, a failure.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..configs.errors import UserError
+from ..configs.files import resolve_data_path
+from ..data.shards import open_shards
+from ..data.stream import open_stream
+from ..data.text import build_tokenizer
+from . import distributed
+from .checkpoint import newest_checkpoint, remove_leftovers
+from .clock import Clock
+from .config import PretrainConfig
+from .contrastive import contrastive_loss
+from .ema import Ema
+from .encode import quick_retrieval
+from .engine import build_accelerator, on_rank_0, set_threads, settle_buckets
+from .model import ContrastiveModel, build_model, clamp_logit_scale, open_clip_config
+from .optim import build_optimizer, clip_gradients, set_lr
+from .quarantine import Quarantine
+from .run import open_run, run_path
+from .schedule import lr_at
+from .state import TrainState
+from .stop import StopRequest, stop_on_signals
+from .tracking import Tracker, cut_metrics
+
+__all__ = ["Outcome", "Show", "train"]
+
+Batch = dict[str, Any]
+
+
+class Show(Protocol):
+    """Who tells the user how a run goes; called on rank 0 alone."""
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Once, before the first step: what the run is."""
+        ...
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Every row that is logged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of ``train`` ended; ``stopped`` if a signal ended it before its last step."""
+
+    folder: Path
+    step: int
+    total_steps: int
+    stopped: bool
+
+
+def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
+    """Train until the end of the config, or go on with the run that its folder holds.
+
+    The same on every rank. Raises UserError for what the user can mend, on every rank alike.
+    """
+    device = distributed.setup(config.train.device, timeout_s=config.train.timeout_s)
+    try:
+        with stop_on_signals() as stop:
+            run = _Run(config, device, show if distributed.rank() == 0 else None)
+            try:
+                return run.go(stop)
+            finally:
+                run.close()
+    finally:
+        distributed.teardown()
+
+
+class _Run:
+    """One process's share of a run."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device, show: Show | None) -> None:
+        self.config, self.device, self.show = config, device, show
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.batch_size = config.train.global_batch_size
+        set_threads(config.train.threads)
+
+        # -- model: the same weights everywhere, then random numbers of each rank's own
+        torch.manual_seed(config.seed)
+        self.clip = build_model(config.model)
+        text_cfg = open_clip_config(self.clip)["model_cfg"]["text_cfg"]
+        name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+        folder = getattr(self.clip, "text_folder", None)
+        self.tokenizer = build_tokenizer(
+            str(folder) if name and folder else name, int(text_cfg.get("context_length", 77))
+        )
+        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id).to(device)
+        torch.manual_seed(config.seed + 1 + self.rank)
+
+        # -- data
+        size = self.clip.visual.image_size
+        self.image_size = int(size[0] if isinstance(size, tuple | list) else size)  # type: ignore[arg-type]
+        self.stream = open_stream(
+            config.data,
+            seed=config.seed,
+            global_batch_size=self.batch_size,
+            image_size=self.image_size,
+            tokenizer=self.tokenizer,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        held_out = config.evaluate.data
+        self.held_out = (
+            on_rank_0(lambda: open_shards(resolve_data_path(held_out)), device) if held_out else None
+        )
+        self.total_steps = self._total_steps()
+
+        # -- engine
+        self.accelerator = build_accelerator(config.train.precision, device)
+        self.model = self.accelerator.prepare_model(self.root)
+        settle_buckets(self.model, self.root, self.tokenizer)
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.root, config.optim))
+        ema = Ema(self.clip, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.state = TrainState(
+            self.clip, self.optimizer.optimizer, self.stream, ema, self.accelerator.scaler, device
+        )
+
+        # -- run folder: where it stopped, or the start
+        on_rank_0(lambda: open_run(config) and None, device)
+        self.folder = run_path(config)
+        self.quarantine = Quarantine(
+            self.folder / "quarantine.jsonl",
+            lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
+        )
+        self._resume()
+        self.tracker = on_rank_0(
+            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json")), device
+        )
+
+    def _total_steps(self) -> int:
+        train = self.config.train
+        if train.total_samples is not None:
+            return -(-train.total_samples // self.batch_size)
+        assert train.epochs is not None
+        return max(1, round(train.epochs * self.stream.steps_per_epoch))
+
+    def _resume(self) -> None:
+        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""), self.device)
+        name = distributed.broadcast_json(newest, device=self.device)
+        if name:
+            self.state.load(Path(name))
+        if self.rank == 0:
+            remove_leftovers(self.folder)
+            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
+        self.quarantine.resume(self.state.step)
+
+    def go(self, stop: StopRequest) -> Outcome:
+        """The loop."""
+        config, state = self.config, self.state
+        if self.show is not None:
+            self.show.start(self._facts())
+        batches = iter(self.stream)
+        saved, stopping = state.step, False
+        clock = Clock(state.samples_seen)
+        self.model.train()
+        while state.step < self.total_steps and not stopping:
+            with clock.waiting():
+                batch, stopping = self._next(batches, stop)
+
+            # -- one step: features, loss over the global batch, averaged gradients, update
+            lr = lr_at(
+                config.schedule,
+                config.optim.lr,
+                samples_seen=state.samples_seen,
+                total_samples=self.total_steps * self.batch_size,
+                batch=self.batch_size,
+            )
+            set_lr(self.optimizer, lr)
+            out = self.model(batch)
+            loss = contrastive_loss(
+                **out,
+                valid=batch["valid"],
+                caption_hash=batch["caption_hash"],
+                kind=config.loss.kind,
+                duplicates=config.loss.duplicates,
+                tile=config.loss.tile,
+            )
+            self.accelerator.backward(loss)
+            self.accelerator.unscale_gradients(self.optimizer)
+            grad_norm = clip_gradients(self.root.parameters(), config.optim.clip_grad_norm)
+            self._check_finite(loss, grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            clamp_logit_scale(self.root)
+            if state.ema is not None:
+                state.ema.update(self.clip)
+            state.step += 1
+            state.samples_seen += self.batch_size
+            clock.count(batch)
+
+            # -- what the step leaves behind
+            last = state.step == self.total_steps or stopping
+            if state.step % config.train.log_every_steps == 0 or last:
+                row = {"epoch": batch["epoch"], "loss": loss.item(), "lr": lr}
+                row |= {"logit_scale": out["logit_scale"].item(), "grad_norm": grad_norm.item()}
+                self._log("train", row | clock.row(state.samples_seen, self.world_size))
+            if self._validation_due(stopping):
+                with clock.paused():
+                    self._validate()
+            if state.step % config.train.save_every_steps == 0 or last:
+                with clock.paused():
+                    state.save(self.folder, keep=config.train.keep_checkpoints)
+                saved = state.step
+        assert saved == state.step
+        return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
+
+    def _next(self, batches: Iterator[Batch], stop: StopRequest) -> tuple[Batch, bool]:
+        """This rank's next batch and whether to stop after it. A failure on one rank is raised on all."""
+        batch: Batch = {}
+        problem = ""
+        try:
+            batch = next(batches)
+        except UserError as error:
+            problem = str(error)
+        bad = batch.get("bad", [])
+        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem))], device=self.device)
+        damaged, asked, failed = distributed.all_reduce_sum(flags).tolist()
+        if failed:
+            problems = distributed.gather_json(problem, device=self.device)
+            raise UserError(next(text for text in problems if text))
+        if damaged:
+            seen = self.state.samples_seen + self.batch_size
+            self.quarantine.add(bad, step=self.state.step + 1, samples_seen=seen, device=self.device)
+        return batch, asked > 0
+
+    def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Stop before weights are damaged. fp16's scaler copes with gradients that overflow."""
+        finite = torch.isfinite(loss)
+        if self.accelerator.scaler is None:
+            finite = finite & torch.isfinite(grad_norm)
+        if not bool(finite):  # sync point; the loss has some already
+            raise UserError(
+                f"optim.lr: the loss diverged at step {self.state.step + 1} (loss {loss.item():.4g}, "
+                f"gradient norm {grad_norm.item():.4g}); lower optim.lr (now {self.config.optim.lr:g}) or "
+                "lengthen schedule.warmup_samples; checkpoints up to here are untouched"
+            )
+
+    def _validation_due(self, stopping: bool) -> bool:
+        step, every = self.state.step, self.config.evaluate.every_steps
+        return self.held_out is not None and (
+            step == self.total_steps or (step % every == 0 and not stopping)
+        )
+
+    def _validate(self) -> None:
+        """Rank 0 scores the held-out shards with the weights that would be exported."""
+        assert self.held_out is not None
+        ema = self.state.ema
+        with nullcontext() if ema is None else ema.applied(self.clip):
+            scores = quick_retrieval(
+                self.root,
+                self.held_out,
+                self.tokenizer,
+                self.image_size,
+                self.device,
+                max_images=self.config.evaluate.max_images,
+            )
+        self._log("eval", dict(scores))
+
+    def _log(self, kind: str, row: dict[str, Any]) -> None:
+        if self.tracker is None:
+            return
+        state = self.state
+        full = {"kind": kind, "step": state.step, "samples_seen": state.samples_seen, **row}
+        if kind == "train":
+            full["bad_samples"] = self.quarantine.count
+        self.tracker.log(full)
+        if self.show is not None:
+            self.show.row(full)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "run": str(self.folder),
+            "step": self.state.step,
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.stream.steps_per_epoch,
+            "samples": self.stream.num_samples,
+            "global_batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "precision": self.config.train.precision,
+            "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in self.clip.parameters()),
+        }
+
+    def close(self) -> None:
+        """Stop workers and close files."""
+        self.stream.close()
+        if self.tracker is not None:
+            self.tracker.finish()
