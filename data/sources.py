@@ -1,0 +1,299 @@
+"""Where pairs come from: tables (CSV, TSV, JSONL, Parquet), and folders of images with text beside them.
+
+A source gives rows one after the other, the same every time. A row that cannot be understood is a
+``BadRow``, never an exception: one bad line does not end a build of millions.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from ..configs.errors import UserError
+from .image_header import EXTENSIONS, MAX_IMAGE_BYTES
+from .scan import load_json
+
+__all__ = ["BadRow", "Columns", "Row", "SourceRow", "open_source", "read_inside"]
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+IMAGE_COLUMNS = (
+    "image",
+    "image_path",
+    "filepath",
+    "file_path",
+    "file_name",
+    "filename",
+    "path",
+    "img",
+    *EXTENSIONS,
+)
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "txt", "description", "alt")
+
+
+class BadRow(Exception):
+    """A row that gives no sample: ``reason`` in one word, ``detail`` for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; None: the first of the usual names that the table has."""
+
+    image: str | None = None
+    caption: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair, its image perhaps not read yet: ``image`` is bytes, or a path relative to ``root``."""
+
+    image: bytes | str
+    caption: str
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
+    key: str | None = None
+    root: Path = Path()
+
+
+SourceRow = tuple[int, "Row | BadRow"]
+"""A row's number, from 1 (a JSONL's line, a table's row below its head, a folder's image), and what it
+gave."""
+
+
+def read_inside(root: Path, name: str) -> bytes:
+    """The bytes of an image file that lies inside ``root``, wherever links lead. Raises BadRow: "path"
+    (outside), "missing", "size", "url"."""
+    if "://" in name[:12]:
+        raise BadRow("url", f"{name} is a link; download it first, for instance with img2dataset")
+    try:
+        real, inside = (root / name).resolve(), root.resolve()
+        if not real.is_relative_to(inside):
+            raise BadRow("path", f"{name} lies outside {root}; give --root")
+        if not real.is_file():
+            raise BadRow("missing", f"there is no file {name} in {root}")
+        if real.stat().st_size > MAX_IMAGE_BYTES:
+            raise BadRow("size", f"{name} has {real.stat().st_size} bytes")
+        return real.read_bytes()
+    except (ValueError, RuntimeError) as error:  # a NUL in the name, a circle of links
+        raise BadRow("path", f"{name!r} is no path: {error}") from error
+    except PermissionError as error:
+        raise BadRow("missing", f"{name} cannot be read") from error
+
+
+def open_source(source: str | Path, columns: Columns, root: Path | None = None) -> Iterator[SourceRow]:
+    """Rows of a table or of a folder of images. ``root``: image paths are relative to it and must stay inside
+    it; None: the table's folder. Raises UserError for a source that cannot be read at all."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, columns)
+    if not path.is_file():
+        raise UserError(f"there is no {path}; give a table ({', '.join(TABLES)}) or a folder of images")
+    kind = path.suffix.lower()
+    root = path.parent if root is None else root
+    if kind not in TABLES:
+        raise UserError(
+            f"{path}: cannot read '{kind}' files; give one of {', '.join(TABLES)} or a folder of images"
+        )
+    if kind == ".parquet":
+        rows = _parquet(path)
+    else:
+        rows = _jsonl(path) if kind in (".jsonl", ".ndjson") else _csv(path, kind)
+    return _rows(path, rows, columns, root)
+
+
+def _rows(
+    path: Path, rows: Iterator[tuple[int, Mapping[str, Any] | BadRow]], columns: Columns, root: Path
+) -> Iterator[SourceRow]:
+    found: Columns | None = None
+    for number, values in rows:
+        if isinstance(values, BadRow):
+            yield number, values
+            continue
+        if found is None:
+            found = _find_columns(path, list(values), columns)
+        try:
+            yield number, _row(values, found, root)
+        except BadRow as bad:
+            yield number, bad
+
+
+def _find_columns(path: Path, names: Sequence[str], columns: Columns) -> Columns:
+    """The columns of a table, from its first row."""
+
+    def choose(what: str, asked: str | None, usual: Sequence[str]) -> str:
+        candidates = (asked,) if asked is not None else usual
+        lower = {name.lower(): name for name in reversed(names)}
+        for candidate in candidates:
+            if candidate in names or (asked is None and candidate in lower):
+                return candidate if candidate in names else lower[candidate]
+        wanted = f"column '{asked}'" if asked is not None else f"known {what} column"
+        raise UserError(f"{path} has no {wanted}; it has {', '.join(names)}: choose with --{what}")
+
+    if columns.key is not None and columns.key not in names:
+        raise UserError(f"{path} has no column '{columns.key}'; it has {', '.join(names)}: choose with --key")
+    caption = choose("caption", columns.caption, CAPTION_COLUMNS)
+    usual = [name for name in IMAGE_COLUMNS if name != caption]
+    return Columns(choose("image", columns.image, usual), caption, columns.key)
+
+
+def _row(values: Mapping[str, Any], columns: Columns, root: Path) -> Row:
+    assert columns.image is not None
+    assert columns.caption is not None
+    image = values.get(columns.image)
+    if isinstance(image, Mapping):  # Hugging Face's {"bytes": .., "path": ..}
+        image = image.get("bytes") or image.get("path")
+    if image is None or image == "":
+        raise BadRow("missing", f"column '{columns.image}' is empty")
+    if not isinstance(image, bytes | str):
+        raise BadRow("missing", f"column '{columns.image}' holds neither a path nor bytes")
+    meta = {
+        name: plain(value)
+        for name, value in values.items()
+        if name not in (columns.caption, columns.image)
+        and not isinstance(value, bytes)
+        and plain(value) is not None
+    }
+    if isinstance(image, str):
+        meta[columns.image] = image
+    key = None
+    if columns.key is not None:
+        key = str(values.get(columns.key) if values.get(columns.key) is not None else "")
+        if not key:
+            raise BadRow("key", f"column '{columns.key}' is empty")
+    caption, meta = _captions(values.get(columns.caption), meta, columns.caption)
+    return Row(image, caption, meta, key, root)
+
+
+def _captions(value: Any, meta: dict[str, Any], column: str) -> tuple[str, dict[str, Any]]:
+    """The caption; of a list the first, and all of them as ``captions`` in the JSON."""
+    if isinstance(value, list | tuple):
+        texts = [text for text in value if isinstance(text, str) and text.strip()]
+        if not texts:
+            raise BadRow("caption", f"column '{column}' is an empty list")
+        return texts[0], meta | {"captions": texts}
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(
+            "caption", f"column '{column}' is empty" if not value else f"column '{column}' is no text"
+        )
+    return value, meta
+
+
+def plain(value: Any) -> Any:
+    """A cell as a JSON value; None for what has no such form (bytes, NaN)."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None
+
+
+def _csv(path: Path, kind: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+    csv.field_size_limit(MAX_IMAGE_BYTES)
+    # what is not UTF-8 becomes half characters, which the row's own check refuses
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        tabs = kind == ".tsv" or ("\t" in head and "," not in head)  # open_clip's tables have tabs in .csv
+        reader = csv.reader(file, delimiter="\t" if tabs else ",")
+        try:
+            names = next(reader, None)
+            if not names:
+                raise UserError(f"{path} is empty; its first line must name the columns")
+            if len(set(names)) != len(names):
+                raise UserError(f"{path} names a column twice: {', '.join(names)}; rename one")
+            number = 0
+            for cells in reader:
+                if not cells:  # an empty line
+                    continue
+                number += 1
+                if len(cells) != len(names):
+                    yield number, BadRow("columns", f"it has {len(cells)} cells, the head has {len(names)}")
+                else:
+                    yield number, dict(zip(names, cells, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num} cannot be read as CSV: {error}") from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, load_json(line)
+            except ValueError as error:
+                yield number, BadRow("json", f"the line is no JSON object: {error}")
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=64):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield number, values
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _folder(folder: Path, columns: Columns) -> Iterator[SourceRow]:
+    """Images of a folder and its sub-folders in the order of their names, each with ``NAME.txt`` or
+    ``NAME.json`` beside it. The key is the path without its ending."""
+    number = 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            stem, dot, ending = name.rpartition(".")
+            if not dot or not stem or ending.lower() not in EXTENSIONS:
+                continue
+            number += 1
+            path = Path(place, name).relative_to(folder)
+            try:
+                yield number, _sidecar(folder, path, columns)
+            except BadRow as bad:
+                yield number, bad
+
+
+def _sidecar(folder: Path, path: Path, columns: Columns) -> Row:
+    meta: dict[str, Any] = {}
+    text = _beside(folder, path, ".txt")
+    if (data := _beside(folder, path, ".json")) is not None:
+        try:
+            meta = {name: plain(value) for name, value in load_json(data).items()}
+        except ValueError as error:
+            raise BadRow("json", f"{path.with_suffix('.json')} is no JSON object: {error}") from error
+    if text is not None and columns.caption is None:
+        value: Any = text.decode("utf-8", "surrogateescape").strip()
+        column = str(path.with_suffix(".txt"))
+    elif text is None and not meta:
+        raise BadRow("caption", f"there is neither {path.stem}.txt nor {path.stem}.json beside {path}")
+    else:
+        names = (columns.caption,) if columns.caption is not None else CAPTION_COLUMNS
+        column = next((name for name in names if name in meta), names[0])
+        value = meta.pop(column, None)
+    caption, meta = _captions(value, meta, column)
+    meta.setdefault("path", path.as_posix())
+    return Row(path.as_posix(), caption, meta, path.with_suffix("").as_posix(), folder)
+
+
+def _beside(folder: Path, path: Path, suffix: str) -> bytes | None:
+    sidecar = path.with_suffix(suffix)
+    return read_inside(folder, sidecar.as_posix()) if (folder / sidecar).exists() else None
