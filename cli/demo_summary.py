@@ -11,7 +11,7 @@ __all__ = ["NEXT", "summary"]
 
 NEXT = """Next, with your own pictures and captions (a table with the columns image and caption):
 
-  diptych data build my.csv shards/mine
+  diptych data build my.csv --out shards/mine
   diptych pretrain configs/demo/pretrain.yaml data.train=shards/mine evaluate.data=null out=runs/mine
   diptych evaluate runs/mine data=shards/mine-held-out probe.enabled=false"""
 

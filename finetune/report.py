@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from ..configs.errors import UserError
-from ..configs.files import atomic_write_text
+from ..configs.files import atomic_write_text, resolve_data_path
 from .report_finetune import finetune_sections, finetune_tiles
 from .report_html import details, missing, table, text
 from .report_pretrain import pretrain_sections, pretrain_tiles
@@ -197,7 +197,10 @@ def _data_root(run: RunFiles) -> Path | None:
         return None
     data = config.get("data") if isinstance(config, dict) else None
     train = data.get("train") if isinstance(data, dict) else None
-    return Path(train).parent if isinstance(train, str) else None
+    try:
+        return resolve_data_path(train).parent if isinstance(train, str) else None
+    except UserError:  # a corpus that is not here any more
+        return None
 
 
 def _split_row(folder: Path) -> list[Any]:

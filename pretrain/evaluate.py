@@ -17,7 +17,7 @@ from ..configs.files import atomic_write_text
 from . import zero_shot
 from .encode import quick_retrieval
 from .galleries import data_root, find_galleries, run_folder
-from .model import LoadedModel, load_model
+from .model import LoadedModel, check_name, load_model
 from .scoring import EvaluateConfig, Progress, Session, probe_part, retrieval_part, zero_shot_part
 from .statistics import Score
 
@@ -42,6 +42,7 @@ def evaluate(
     and, for classification, ``majority``. Raises UserError for a missing checkpoint, data or gallery.
     """
     config = config or EvaluateConfig()
+    check_name(checkpoint)
     root = data_root(checkpoint, config.data)
     galleries = find_galleries(root, config.galleries)
     classes = zero_shot.read_classes(config.zero_shot.classes) if config.zero_shot.classes else None

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from ..configs.errors import UserError
-from ..configs.files import cache_dir
+from ..configs.files import cache_dir, resolve_data_path
 from .encode import Encoded
 from .retrieval import canonical_caption
 from .statistics import Ints
@@ -41,9 +41,10 @@ def data_root(checkpoint: str | Path, data: str | None) -> Path:
     """The folder to evaluate on: ``data`` if given, else the corpus or the held-out shards that the run
     names in its config, else the demo corpus in the cache. Raises UserError if there is none."""
     if data is not None:
-        if not Path(data).is_dir():
-            raise UserError(f"data: there is no folder {data}; give a corpus or a folder of shards")
-        return Path(data)
+        root = resolve_data_path(data)
+        if not root.is_dir():
+            raise UserError(f"data: there is no folder {root}; give a corpus or a folder of shards")
+        return root
     run = run_folder(checkpoint)
     if run is not None and (run / "config.yaml").is_file():
         return _root_of_run(run / "config.yaml")
@@ -61,7 +62,7 @@ def _root_of_run(path: Path) -> Path:
     for section, key in (("data", "train"), ("evaluate", "data")):
         value = (config.get(section) or {}).get(key) if isinstance(config, dict) else None
         if isinstance(value, str):
-            named.append(Path(value))
+            named.append(resolve_data_path(value))
     for folder in named:
         if (folder.parent / "galleries.json").is_file():
             return folder.parent

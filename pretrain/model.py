@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "build_model",
     "bundle_text",
+    "check_name",
     "clamp_logit_scale",
     "load_model",
     "open_clip_config",
@@ -196,6 +197,18 @@ class LoadedModel:
         )[:, None]
 
 
+def check_name(path_or_name: str | Path) -> ModelConfig:
+    """What ``load_model`` would open, without opening it; UserError if there is no such thing."""
+    name = str(path_or_name)
+    path = Path(name.removeprefix("local-dir:"))
+    arch, colon, tag = name.partition(":")
+    if path.exists():
+        return ModelConfig(pretrained=name)
+    if colon and arch in open_clip.list_models():
+        return ModelConfig(arch=arch, pretrained=tag)
+    raise UserError(f"no checkpoint, run or file {path}; or give an open_clip model as ARCH:TAG")
+
+
 def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Open a model for inference.
 
@@ -203,15 +216,8 @@ def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> 
     stand before it), a .safetensors file with its open_clip_config.json beside it, or open_clip's
     ``ARCH:TAG`` (downloaded). Raises UserError with the reason if it cannot be opened.
     """
-    name = str(path_or_name)
-    path = Path(name.removeprefix("local-dir:"))
-    arch, colon, tag = name.partition(":")
-    if path.exists():
-        config = ModelConfig(pretrained=name)
-    elif colon and arch in open_clip.list_models():
-        config = ModelConfig(arch=arch, pretrained=tag)
-    else:
-        raise UserError(f"no checkpoint, run or file {path}; or give an open_clip model as ARCH:TAG")
+    config = check_name(path_or_name)
+    path = Path(str(path_or_name).removeprefix("local-dir:"))
     source = weights.resolve(str(config.pretrained), config.arch)
     if path.is_file() and source.model_cfg is None:
         raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")

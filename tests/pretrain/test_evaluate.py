@@ -164,6 +164,14 @@ def test_the_data_is_found_from_the_run_the_argument_or_the_cache(
     monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="diptych data fetch icons"):
         data_root("ViT-B-32:openai", None)
+    fetched = tmp_path / "cache" / "corpora" / "pets"
+    fetched.parent.mkdir(parents=True)
+    fetched.symlink_to(corpus)
+    assert data_root("ViT-B-32:openai", "corpus:pets") == fetched
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "config.yaml").write_text("data: {train: corpus:pets/train}\n")
+    assert data_root(other, None) == fetched
     assert [g.name for g in find_galleries(corpus, ["both"])] == ["both"]
     (tmp_path / "split").mkdir()
     write_split(tmp_path / "split" / "test_a", ["v"], NAMES[:2])
