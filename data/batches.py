@@ -1,0 +1,143 @@
+"""From (epoch, step) to one rank's batch: read, decode, augment, tokenise. What a worker process runs.
+
+A damaged sample keeps its row: a blank image, an empty caption, ``valid`` False, and an entry in ``bad``. So
+positions never shift, and every rank has the rows it is meant to have.
+"""
+
+import copy
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..configs.errors import UserError
+from .captions import CaptionConfig, choose_caption
+from .decode import AugmentConfig, DecodeError, train_image
+from .order import Order
+from .permutation import SampleRandom
+from .shards import DamagedSample, RawSample, ShardSet
+from .text import Tokenizer, caption_hash
+
+__all__ = ["BatchMaker", "Failure", "Recipe", "read_retrying"]
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+RETRIES = 5
+FIRST_WAIT_S = 0.2  # doubled at each retry: 6 seconds in all
+_AUGMENT, _CAPTION = 0, 1  # what a sample's random numbers are for
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a batch is made by, beside the data and its order."""
+
+    image_size: int
+    augment: AugmentConfig
+    captions: CaptionConfig
+    max_pixels: int
+    on_bad: Literal["mask", "raise"]
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A UserError on its way out of a worker: torch would wrap a raised one in the worker's traceback."""
+
+    message: str
+
+
+class BatchMaker(Dataset[Any]):
+    """A map from (epoch, step) to this rank's batch. Pickles, so that any start method of workers serves."""
+
+    def __init__(self, shards: ShardSet, order: Order, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self.shards = shards
+        self.order = order
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self._random = SampleRandom(order.seed)
+
+    def __getitem__(self, index: tuple[int, int]) -> Batch | Failure:
+        try:
+            return self.batch(*index)
+        except UserError as error:
+            return Failure(str(error))
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """One local batch of b rows; see ``Stream`` for its entries. Raises UserError."""
+        recipe = self.recipe
+        ids = self.order.local_batch(epoch, step, recipe.rank, recipe.world_size)
+        image = torch.empty(len(ids), 3, recipe.image_size, recipe.image_size, dtype=torch.uint8)
+        valid = torch.ones(len(ids), dtype=torch.bool)
+        captions: list[str] = []
+        bad: list[dict[str, Any]] = []
+        for row, sample_id in enumerate(ids.tolist()):
+            try:
+                pixels, caption = self._sample(epoch, sample_id)
+                image[row] = pixels
+            except DamagedSample as error:
+                if recipe.on_bad == "raise":
+                    raise UserError(f"{error}; mend or remove it, or set data.on_bad: mask") from error
+                image[row], valid[row], caption = 255, False, ""
+                place = {"epoch": epoch, "step": step, "sample_id": sample_id}
+                bad.append({"shard": error.shard, "key": error.key, "reason": error.reason} | place)
+            captions.append(caption)
+        token_ids, seq_lens = self.tokenizer.pack(captions)
+        return {
+            "image": image,
+            "token_ids": token_ids,
+            "seq_lens": seq_lens,
+            "valid": valid,
+            "sample_id": torch.from_numpy(ids),
+            "source": torch.zeros(len(ids), dtype=torch.int16),
+            "caption_hash": torch.tensor([caption_hash(caption) for caption in captions], dtype=torch.int64),
+            "epoch": epoch,
+            "step": step,
+            "bad": bad,
+        }
+
+    def _sample(self, epoch: int, sample_id: int) -> tuple[Tensor, str]:
+        """Pixels uint8 [3, S, S] and the caption of one sample. Raises DamagedSample."""
+        recipe = self.recipe
+        raw, self.shards = read_retrying(self.shards, sample_id)
+        try:
+            rng = self._random.at(epoch, sample_id, _AUGMENT)
+            pixels = train_image(
+                raw.image, recipe.image_size, recipe.augment, rng, max_pixels=recipe.max_pixels
+            )
+        except DecodeError as error:
+            raise DamagedSample(raw.shard, raw.key, error.reason) from error
+        rng = self._random.at(epoch, sample_id, _CAPTION)
+        return pixels, choose_caption(recipe.captions, raw.caption, raw.meta, rng)
+
+
+def read_retrying(shards: ShardSet, sample_id: int) -> tuple[RawSample, ShardSet]:
+    """Read a sample, again and with fresh file handles where the file system fails.
+
+    Returns the set that served too, to be used from then on. Raises DamagedSample, and UserError that names
+    the file after the last try.
+    """
+    wait = FIRST_WAIT_S
+    for attempt in range(RETRIES + 1):
+        try:
+            return shards.read(sample_id), shards
+        except OSError as error:
+            shard = int(np.searchsorted(np.cumsum(shards.shard_sizes), sample_id, side="right"))
+            file = shards.folder / shards.shard_names[shard]
+            reason = error.strerror or str(error)
+            if attempt == RETRIES:
+                raise UserError(
+                    f"{file} cannot be read after {RETRIES + 1} tries: {reason}; check the file system"
+                ) from error
+            log.warning("%s: %s; trying again in %.1f s", file, reason, wait)
+            time.sleep(wait)
+            wait *= 2
+            shards = copy.copy(shards)
+    raise AssertionError("unreachable")

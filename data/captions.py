@@ -1,0 +1,66 @@
+"""Which text stands for an image in an epoch: its caption, or others from the sample's JSON."""
+
+from typing import Any
+
+from numpy.random import Generator
+from pydantic import Field, model_validator
+
+from ..configs.load import StrictModel
+
+__all__ = ["CaptionConfig", "choose_caption"]
+
+
+class CaptionConfig(StrictModel):
+    """Weights of the texts among which one is drawn for each sample in each epoch, keyed by (seed, epoch,
+    sample id). A text that a sample does not have leaves its weight to the others; a sample that has none of
+    them takes its .txt."""
+
+    txt: float = Field(default=1.0, ge=0)
+    """The caption proper."""
+    names: float = Field(default=0.0, ge=0)
+    """One of the strings under the JSON key ``names``."""
+    tags: float = Field(default=0.0, ge=0)
+    """Some of the strings under the JSON key ``tags``, in drawn order, joined by commas."""
+    max_tags: int = Field(default=4, ge=1)
+    """The most tags that are joined; the number is drawn from 1 to this."""
+    fields: dict[str, float] = Field(default_factory=dict)
+    """Other JSON keys with their weights: a string is taken as it stands, of a list one string is drawn."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "CaptionConfig":
+        if negative := [key for key, weight in self.fields.items() if not weight >= 0]:
+            raise ValueError(f"fields: the weight of {negative[0]} must not be negative")
+        if not self.txt + self.names + self.tags + sum(self.fields.values()) > 0:
+            raise ValueError("all weights are 0; give txt, names, tags or one of fields a weight")
+        return self
+
+
+def choose_caption(config: CaptionConfig, caption: str, meta: dict[str, Any], rng: Generator) -> str:
+    """The text of one sample. ``rng``: the sample's own random numbers in this epoch."""
+    weights = {"names": config.names, "tags": config.tags, **config.fields}
+    texts = {key: _strings(meta.get(key)) for key, weight in weights.items() if weight > 0}
+    choices = [(key, weights[key]) for key, found in texts.items() if found]
+    if not choices:
+        return caption
+    draw = rng.random() * (config.txt + sum(weight for _, weight in choices))
+    if draw < config.txt:
+        return caption
+    draw -= config.txt
+    key = choices[-1][0]  # where rounding leaves the draw past the last
+    for name, weight in choices:
+        if draw < weight:
+            key = name
+            break
+        draw -= weight
+    found = texts[key]
+    if key == "tags" and "tags" not in config.fields:
+        count = 1 + int(rng.random() * min(config.max_tags, len(found)))
+        keys = rng.random(len(found))
+        return ", ".join(found[int(i)] for i in keys.argsort(kind="stable")[:count])
+    return found[int(rng.random() * len(found))]
+
+
+def _strings(value: Any) -> list[str]:
+    """The texts of a JSON value: a string, or the strings of a list; blank ones are none."""
+    values: list[Any] = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [text for text in values if isinstance(text, str) and text.strip()]
