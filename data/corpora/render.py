@@ -50,7 +50,7 @@ def render(svg: str, size: int) -> Picture | None:
     if all(high - low < 16 for low, high in extrema):
         return None
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=9)
+    image.save(buffer, format="PNG", compress_level=6)
     return Picture(buffer.getvalue(), hashlib.sha256(image.tobytes()).hexdigest(), hash_24(image))
 
 
