@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from ..configs.errors import UserError
 from .captions import CaptionConfig, choose_caption
-from .decode import AugmentConfig, DecodeError, train_image
+from .decode import AugmentConfig, DecodeError, decode_image, least_side, train_image
 from .order import Order
 from .permutation import SampleRandom
 from .shards import DamagedSample, RawSample, ShardSet
 from .text import Tokenizer, caption_hash
 
-__all__ = ["BatchMaker", "Failure", "Recipe", "read_retrying"]
+__all__ = ["BatchMaker", "Failure", "Recipe", "decode_sample", "read_retrying"]
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +107,20 @@ class BatchMaker(Dataset[Any]):
         """Pixels uint8 [3, S, S] and the caption of one sample. Raises DamagedSample."""
         recipe = self.recipe
         raw, self.shards = read_retrying(self.shards, sample_id)
-        try:
-            rng = self._random.at(epoch, sample_id, _AUGMENT)
-            pixels = train_image(
-                raw.image, recipe.image_size, recipe.augment, rng, max_pixels=recipe.max_pixels
-            )
-        except DecodeError as error:
-            raise DamagedSample(raw.shard, raw.key, error.reason) from error
+        least = least_side(recipe.image_size, recipe.augment)
+        image = decode_sample(raw, max_pixels=recipe.max_pixels, least=least)
+        rng = self._random.at(epoch, sample_id, _AUGMENT)
+        pixels = train_image(image, recipe.image_size, recipe.augment, rng)
         rng = self._random.at(epoch, sample_id, _CAPTION)
         return pixels, choose_caption(recipe.captions, raw.caption, raw.meta, rng)
+
+
+def decode_sample(raw: RawSample, *, max_pixels: int, least: int | None = None) -> Tensor:
+    """Pixels uint8 [3, H, W] of a sample; see ``decode_image``. Raises DamagedSample."""
+    try:
+        return decode_image(raw.image, max_pixels=max_pixels, least=least)
+    except DecodeError as error:
+        raise DamagedSample(raw.shard, raw.key, error.reason) from error
 
 
 def read_retrying(shards: ShardSet, sample_id: int) -> tuple[RawSample, ShardSet]:

@@ -27,7 +27,15 @@ try:
 except ImportError:
     simplejpeg = None
 
-__all__ = ["AugmentConfig", "DecodeError", "decode_image", "eval_image", "resize", "train_image"]
+__all__ = [
+    "AugmentConfig",
+    "DecodeError",
+    "decode_image",
+    "eval_image",
+    "least_side",
+    "resize",
+    "train_image",
+]
 
 _PLUGINS: dict[str, Callable[[Any], Image.Image]] = {
     "png": PngImagePlugin.PngImageFile,
@@ -145,16 +153,13 @@ def resize(image: Tensor, height: int, width: int, *, mode: str = "bicubic") -> 
     return F.interpolate(image[None], size=(height, width), mode=mode, antialias=True)[0]
 
 
-def train_image(
-    data: bytes, image_size: int, augment: AugmentConfig, rng: Generator, *, max_pixels: int
-) -> Tensor:
-    """One augmented training image, uint8 [3, S, S].
+def train_image(image: Tensor, image_size: int, augment: AugmentConfig, rng: Generator) -> Tensor:
+    """One augmented training image, uint8 [3, S, S], of uint8 [3, H, W].
 
-    ``rng``: the sample's own random numbers; equal numbers give equal pixels. Raises DecodeError.
+    ``rng``: the sample's own random numbers; equal numbers give equal pixels.
     """
     # every draw has its place, so that one setting does not shift the draws of another
     draws: list[float] = rng.random(_DRAWS).tolist()
-    image = decode_image(data, max_pixels=max_pixels, least=_least_side(image_size, augment))
     if augment.margin:
         image = _on_paper(image, augment.margin, draws[_MARGIN])
     top, left, height, width = _crop_box(image.shape[1], image.shape[2], augment, draws[_CROP])
@@ -177,8 +182,9 @@ _JITTER = slice(28, 36)
 _DRAWS = 36
 
 
-def _least_side(image_size: int, augment: AugmentConfig) -> int:
-    """The shorter side of an image whose every crop is at least ``image_size`` wide and high."""
+def least_side(image_size: int, augment: AugmentConfig) -> int:
+    """The shorter side of an image whose every crop is at least ``image_size`` wide and high: what
+    ``decode_image`` may reduce it to."""
     narrowest = min(augment.ratio[0], 1 / augment.ratio[1])
     return math.ceil(image_size / math.sqrt(augment.scale[0] * narrowest))
 

@@ -6,7 +6,7 @@ batch; inside a lane samples are shuffled within windows of a few shards. Nothin
 nothing depends on ranks or workers, so an epoch goes on from any step on any machine (docs/stream.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..configs.errors import UserError
 from .permutation import fold, hash_words, permute
 
-__all__ = ["Order", "default_lanes", "default_window", "rank_slice"]
+__all__ = ["Order", "Steps", "default_lanes", "default_window", "rank_slice"]
 
 Ints = NDArray[np.int64]
 
@@ -159,6 +159,21 @@ class Order:
         place[turn] = np.arange(len(turn))
         virtual = np.sort(starts[place[shard]] + omitted - self._base[shard])
         return _Epoch(ends, starts, self._base[turn], virtual - np.arange(len(virtual)))
+
+
+class Steps:
+    """(epoch, step) from a place on, without end: the DataLoader's sampler."""
+
+    def __init__(self, epoch: int, step: int, steps_per_epoch: int) -> None:
+        self._place = epoch, step, steps_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, step, steps_per_epoch = self._place
+        while True:
+            yield epoch, step
+            step += 1
+            if step == steps_per_epoch:
+                epoch, step = epoch + 1, 0
 
 
 def _rebuild(sizes: Ints, seed: int, global_batch_size: int, lanes: int, window: int) -> Order:

@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from ..configs.errors import UserError
 from ..configs.files import resolve_data_path
 from ..configs.load import StrictModel
-from .batches import Batch, BatchMaker, Failure, Recipe, read_retrying
+from .batches import Batch, BatchMaker, Failure, Recipe, decode_sample, read_retrying
 from .captions import CaptionConfig
-from .decode import AugmentConfig, DecodeError, Interpolation, ResizeMode, eval_image
+from .decode import AugmentConfig, Interpolation, ResizeMode, eval_image
 from .image_header import MAX_PIXELS
-from .order import Order
-from .shards import DamagedSample, ShardSet, open_shards
+from .order import Order, Steps
+from .shards import DamagedSample, RawSample, ShardSet, open_shards
 from .text import Tokenizer
 
 __all__ = ["CaptionConfig", "DataConfig", "EvalBatch", "Stream", "eval_batches", "open_stream"]
@@ -68,21 +68,6 @@ class DataConfig(StrictModel):
         """
         mean = self.max_bad_fraction * min(samples_seen, num_samples)
         return int(1 + mean + 3 * mean**0.5) if self.max_bad_fraction else 0
-
-
-class _Steps:
-    """(epoch, step) from a place on, without end: the DataLoader's sampler."""
-
-    def __init__(self, epoch: int, step: int, steps_per_epoch: int) -> None:
-        self._place = epoch, step, steps_per_epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, step, steps_per_epoch = self._place
-        while True:
-            yield epoch, step
-            step += 1
-            if step == steps_per_epoch:
-                epoch, step = epoch + 1, 0
 
 
 class Stream(Iterator[Batch]):
@@ -139,7 +124,7 @@ class Stream(Iterator[Batch]):
 
     def _start(self) -> Iterator[Batch | Failure]:
         maker = BatchMaker(self._shards, self._order, self._tokenizer, self._recipe)
-        steps: Any = _Steps(self._epoch, self._step, self.steps_per_epoch)
+        steps: Any = Steps(self._epoch, self._step, self.steps_per_epoch)
         if self._config.workers == 0:
             return map(maker.__getitem__, steps)
         loader = DataLoader(
@@ -271,6 +256,7 @@ def eval_batches(
     sample_ids: Any = None,
     resize_mode: ResizeMode = "shortest",
     interpolation: Interpolation = "bicubic",
+    fill_color: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[EvalBatch]:
     """All samples of a shard set in order, or those of ``sample_ids`` (integers [n]), for evaluation.
@@ -281,25 +267,25 @@ def eval_batches(
     ids = np.arange(len(shards)) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
     damaged: list[str] = []
     for start in range(0, len(ids), batch_size):
-        samples: list[Any] = []
+        samples: list[RawSample] = []
         images: list[Tensor] = []
         for sample_id in ids[start : start + batch_size].tolist():
             try:
                 raw, shards = read_retrying(shards, sample_id)
-                images.append(
-                    eval_image(
-                        raw.image,
-                        image_size,
-                        resize_mode=resize_mode,
-                        interpolation=interpolation,
-                        max_pixels=max_pixels,
-                    )
-                )
-                samples.append(raw)
-            except DecodeError as error:
-                damaged.append(f"{raw.shard}: {raw.key} ({error.reason})")
+                image = decode_sample(raw, max_pixels=max_pixels)
             except DamagedSample as error:
                 damaged.append(f"{error.shard}: {error.key} ({error.reason})")
+                continue
+            images.append(
+                eval_image(
+                    image,
+                    image_size,
+                    resize_mode=resize_mode,
+                    interpolation=interpolation,
+                    fill_color=fill_color,
+                )
+            )
+            samples.append(raw)
         if samples:
             yield EvalBatch(
                 torch.stack(images),
