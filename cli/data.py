@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 EPILOG = """example:
@@ -25,7 +26,6 @@ BUILD = """example, from nothing:
   printf 'image,caption,mood\\nred.png,a red square,warm\\n' > pics/captions.csv
   printf 'blue.png,a blue square,cold\\n' >> pics/captions.csv
   diptych data build pics/captions.csv --out my-shards
-  diptych data verify my-shards
 
 A table (.csv, .tsv, .jsonl, .parquet) has a column of image paths or bytes and a column of captions; further
 columns go into each sample's JSON. A folder has NAME.txt or NAME.json beside each image."""
@@ -183,8 +183,6 @@ def _fraction(text: str) -> float:
 
 def fetch(args: argparse.Namespace) -> int:
     """Fetch a corpus and print where it is."""
-    from pathlib import Path
-
     from ..data.corpora.icons import fetch_icons
 
     out = None if args.out is None else Path(args.out).expanduser()
@@ -281,12 +279,13 @@ def verify(args: argparse.Namespace) -> int:
 def stats(args: argparse.Namespace) -> int:
     """Show figures of shards, and draw the sheet."""
     from ..data.stats import shard_stats
+    from .data_figures import print_figures
 
     figures = shard_stats(args.folder, progress=_progress)
     if args.json:
         print(json.dumps(figures))
     else:
-        _print_figures(figures)
+        print_figures(figures)
     if args.sheet is not None:
         from ..data.sheet import write_sheet
 
@@ -297,11 +296,18 @@ def stats(args: argparse.Namespace) -> int:
 
 def trace(args: argparse.Namespace) -> int:
     """Print one JSON line per global batch."""
+    from ..configs.load import load_config
     from ..data.trace import trace_lines
+    from ..pretrain.config import PretrainConfig
 
+    path = Path(args.config)
+    file = path / "config.yaml" if path.is_dir() else path
+    config = load_config(PretrainConfig, file, args.overrides)
+    data = config.data.model_copy(update=_stored_order(path)) if path.is_dir() else config.data
     for line in trace_lines(
-        args.config,
-        args.overrides,
+        data,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
         world_size=args.world_size,
         workers=args.workers,
         epoch=args.epoch,
@@ -310,6 +316,16 @@ def trace(args: argparse.Namespace) -> int:
     ):
         print(line)
     return 0
+
+
+def _stored_order(run: Path) -> dict[str, int]:
+    """Lanes and window that a run goes on with, if it has a checkpoint."""
+    from ..pretrain.checkpoint import newest_checkpoint, read_document
+    from ..pretrain.state import TRAINER_NAME
+
+    newest = newest_checkpoint(run)
+    stream = read_document(newest / TRAINER_NAME)["stream"] if newest is not None else {}
+    return {key: stream[key] for key in ("lanes", "window") if key in stream}
 
 
 def _bar() -> Any:
@@ -339,54 +355,3 @@ def _print_findings(lines: Iterable[str]) -> None:
         print(line, file=sys.stderr)
     if len(every) > SHOWN:
         print(f"... and {len(every) - SHOWN} more", file=sys.stderr)
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    """Statistics as short tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console() if sys.stdout.isatty() else Console(width=110)
-
-    def table(title: str, *names: str) -> Table:
-        made = Table(title=title, title_justify="left", header_style="", box=None, pad_edge=False)
-        for number, name in enumerate(names):
-            made.add_column(name, justify="right" if number else "left")
-        return made
-
-    size = figures["bytes"] / 1e6
-    formats = _counts(figures["formats"])
-    console.print(
-        f"{figures['folder']}: {figures['samples']} samples in {figures['shards']} shards, "
-        f"{size:.1f} MB ({formats})",
-        markup=False,
-        soft_wrap=True,
-    )
-    shown = table("Quantiles", "", "least", "5 %", "25 %", "median", "75 %", "95 %", "most")
-    for name, key in (
-        ("shorter side, pixels", "shorter_side"),
-        ("width / height", "aspect_ratio"),
-        ("image, bytes", "image_bytes"),
-        ("caption, characters", "caption_characters"),
-        ("caption, words", "caption_words"),
-    ):
-        shown.add_row(name, *(f"{figures[key][f'p{q}']:g}" for q in (0, 5, 25, 50, 75, 95, 100)))
-    console.print("", shown)
-    for title, key in (("Shorter side", "shorter_side"), ("Caption characters", "caption_characters")):
-        shown = table(title, "from-to", "samples", "")
-        histogram = figures[key]["histogram"]
-        for name, count in histogram.items():
-            if count:
-                shown.add_row(name, str(count), "#" * max(1, round(40 * count / max(histogram.values()))))
-        shown.columns[2].justify = "left"
-        console.print("", shown)
-    for name, key in (("copied images", "copied_images"), ("repeated captions", "repeated_captions")):
-        got = figures[key]
-        console.print(f"{name}: {got['count']} ({100 * got['rate']:.2f} %)", markup=False)
-    if figures["json"]:
-        shown = table("Fields of the JSON", "field", "in", "distinct")
-        shown.add_column("commonest", overflow="ellipsis", no_wrap=True)
-        for name, got in figures["json"].items():
-            commonest = ", ".join(got.get("commonest", {}))
-            shown.add_row(name, f"{100 * got['in']:.1f} %", str(got.get("distinct", "")), commonest)
-        console.print("", shown)

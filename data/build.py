@@ -127,9 +127,9 @@ def build_shards(
     report.shards, report.fingerprint = len(rows_written), fingerprint(rows_written)
     (out / FAILED).unlink(missing_ok=True)
     atomic_write_text(out / REPORT, _json(report.to_json()))
-    atomic_write_text(
-        out / QUARANTINE, "".join(json.dumps(bad, ensure_ascii=True) + "\n" for bad in report.bad)
-    )
+    (out / QUARANTINE).unlink(missing_ok=True)
+    if report.bad:
+        atomic_write_text(out / QUARANTINE, "".join(json.dumps(bad) + "\n" for bad in report.bad))
     return report
 
 

@@ -121,9 +121,14 @@ def index_bytes(shard_bytes: int, shard_xxh3: int, records: NDArray[np.void], ke
 class Index:
     """A shard's index, memory-mapped."""
 
+    raw: NDArray[np.uint8]
     header: np.void
     records: NDArray[np.void]
     key_block: NDArray[np.uint8]
+
+    def belongs_to(self, row: "ShardRow") -> bool:
+        """Whether it is, byte for byte, the index that a manifest's row names."""
+        return xxh3_64_hexdigest(self.raw.data) == row.idx_xxh3
 
     def key(self, record: int) -> str:
         """The key of record number ``record``."""
@@ -159,7 +164,7 @@ def map_index(path: Path) -> Index:
     end = HEADER.itemsize + int(header["n"]) * RECORD.itemsize
     if len(raw) != end + int(header["key_bytes"]):
         raise UserError(f"{path} is cut short; {mend}")
-    return Index(header, raw[HEADER.itemsize : end].view(RECORD), raw[end:])
+    return Index(raw, header, raw[HEADER.itemsize : end].view(RECORD), raw[end:])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
 from ..configs.errors import UserError
 from ..configs.files import resolve_data_path
@@ -34,7 +34,7 @@ from .writer import RefusedSample, ShardWriter
 
 __all__ = ["DamagedSample", "RawSample", "RefusedSample", "ShardSet", "ShardWriter", "open_shards"]
 
-OPEN_SHARDS = 256  # tars and indexes a process keeps open; the oldest are closed first
+OPEN_SHARDS = 128  # tars and indexes, two files each, that a process keeps open
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 
 
@@ -71,8 +71,7 @@ class _OpenedShard:
 
     def __init__(self, tar: Path, row: ShardRow) -> None:
         self.index = map_index(idx_path(tar))
-        size, n = int(self.index.header["shard_bytes"]), len(self.index.records)
-        if size != row.bytes or n != row.num_ok + row.num_bad:
+        if not self.index.belongs_to(row):
             raise UserError(f"{idx_path(tar)} is not the index of {tar}; index the folder again")
         # record numbers of the usable samples, None where all are
         self.ok = np.flatnonzero(self.index.records["flags"] & OK) if row.num_bad else None
@@ -275,8 +274,3 @@ def _check_files(folder: Path, row: ShardRow) -> None:
         )
     if not idx_path(tar).is_file():
         raise UserError(f"{idx_path(tar)} is missing; write it: `diptych data index {folder} --overwrite`")
-
-
-def check_index(folder: Path, row: ShardRow) -> bool:
-    """Whether a shard's index is, byte for byte, the one that the manifest names."""
-    return xxh3_64_hexdigest(idx_path(folder / row.shard).read_bytes()) == row.idx_xxh3

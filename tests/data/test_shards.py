@@ -1,0 +1,505 @@
+"""Shards against what webdataset and tarfile say of the same files, and against damage done on purpose."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
+
+from diptych.configs.errors import UserError
+from diptych.data.index import OK, RECORD
+from diptych.data.shards import DamagedSample, RefusedSample, ShardSet, ShardWriter, open_shards
+from diptych.data.writer import check_key
+
+from .samples import (
+    WEBDATASET,
+    Sample,
+    as_dict,
+    by_webdataset,
+    flip,
+    member_offsets,
+    picture,
+    sample_members,
+    samples,
+    write,
+    write_tar,
+)
+
+
+@WEBDATASET
+def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
+    content = samples(10)
+    write(tmp_path, content)
+    urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    seen = by_webdataset(urls)
+    assert [sample["__key__"] for sample in seen] == [sample[0] for sample in content]
+    shards = open_shards(tmp_path)
+    for sample_id, (sample, (key, image, extension, caption, meta)) in enumerate(
+        zip(seen, content, strict=True)
+    ):
+        assert set(sample) - {"__key__", "__url__", "__local_path__"} == {extension, "json", "txt"}
+        assert (sample[extension], sample["txt"].decode(), json.loads(sample["json"])) == (
+            image,
+            caption,
+            meta,
+        )
+        raw = shards.read(sample_id)
+        assert as_dict(raw) == {
+            "key": key, "image": image, "extension": extension, "caption": caption, "meta": meta
+        }  # fmt: skip
+        assert (raw.sample_id, raw.shard) == (sample_id, Path(sample["__url__"]).name)
+
+
+def test_the_tar_is_the_one_that_tarfile_would_write(tmp_path: Path) -> None:
+    content = samples(6)
+    write(tmp_path / "ours", content, per_shard=10)
+    theirs = write_tar(tmp_path / "theirs.tar", sample_members(content))
+    assert (tmp_path / "ours/00000.tar").read_bytes() == theirs.read_bytes()
+
+
+def test_the_index_points_where_tarfile_points(tmp_path: Path) -> None:
+    write(tmp_path, samples(9))
+    shards = open_shards(tmp_path)
+    for shard, name in enumerate(shards.shard_names):
+        places = member_offsets(tmp_path / name)
+        records, keys = shards.records(shard), shards.index(shard).keys()
+        assert records.dtype == RECORD
+        assert RECORD.itemsize == 80
+        for key, record in zip(keys, records, strict=True):
+            extension = next(e for e in ("png", "jpg", "webp") if f"{key}.{e}" in places)
+            assert (record["image_offset"], record["image_size"]) == places[f"{key}.{extension}"]
+            assert (record["caption_offset"], record["caption_size"]) == places[f"{key}.txt"]
+            assert (record["json_offset"], record["json_size"]) == places[f"{key}.json"]
+            assert (record["width"], record["height"], record["flags"]) == (9, 7, OK)
+            assert record["key_hash"] == xxh3_64_intdigest(key.encode())
+
+
+def test_equal_samples_give_equal_files_and_the_same_fingerprint(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, samples(9))
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["00000.idx", "00000.tar", "00001.idx", "00001.tar", "00002.idx", "00002.tar",
+                     "manifest.jsonl", "sizes.json"]  # fmt: skip
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert open_shards(tmp_path / "a").fingerprint == open_shards(tmp_path / "b").fingerprint
+    write(tmp_path / "c", samples(10))
+    assert open_shards(tmp_path / "a").fingerprint != open_shards(tmp_path / "c").fingerprint
+
+
+def test_sizes_json_is_what_open_clip_counts_by(tmp_path: Path) -> None:
+    write(tmp_path, samples(9))
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {
+        "00000.tar": 4,
+        "00001.tar": 4,
+        "00002.tar": 1,
+    }
+
+
+def test_ids_keys_and_records_agree(tmp_path: Path) -> None:
+    content = samples(11)
+    write(tmp_path, content)
+    shards = open_shards(str(tmp_path))
+    assert len(shards) == 11
+    assert shards.shard_names == ["00000.tar", "00001.tar", "00002.tar"]
+    assert shards.shard_sizes.tolist() == [4, 4, 3]
+    assert shards.shard_sizes.dtype == np.int64
+    assert shards.keys() == [sample[0] for sample in content]
+    for sample_id, key in enumerate(shards.keys()):
+        assert shards.find(key) == sample_id
+        assert shards.key_of(sample_id) == key
+        assert shards.locate(sample_id) == (sample_id // 4, sample_id % 4)
+    with pytest.raises(KeyError, match="nothing"):
+        shards.find("nothing")
+    for wrong in (-1, 11):
+        with pytest.raises(IndexError):
+            shards.read(wrong)
+
+
+key_text = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="."), min_size=1, max_size=20
+).filter(lambda k: not k.startswith(("/", "__")) and not k.endswith("/") and "//" not in k)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=10),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@WEBDATASET
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.lists(
+        st.tuples(
+            key_text,
+            st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip),
+            st.dictionaries(
+                st.text(st.characters(exclude_categories=["Cs"]), max_size=8), json_values, max_size=3
+            ),
+        ),
+        min_size=1,
+        max_size=6,
+        unique_by=lambda sample: sample[0],
+    ),
+    per_shard=st.integers(1, 4),
+)
+def test_any_key_caption_and_meta_come_back_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, content: list[tuple[str, str, dict[str, Any]]], per_shard: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    image = picture()
+    write(folder, [(key, image, "png", caption, meta) for key, caption, meta in content], per_shard=per_shard)
+    shards = open_shards(folder)
+    back = [shards.read(sample_id) for sample_id in range(len(shards))]
+    assert [(raw.key, raw.caption, raw.meta) for raw in back] == content
+    assert [shards.find(key) for key, _, _ in content] == list(range(len(content)))
+    urls = [str(folder / name) for name in shards.shard_names]
+    others = by_webdataset(urls)
+    assert [(o["__key__"], o["txt"].decode(), json.loads(o["json"])) for o in others] == content
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "a.b", "/a", "a/", "a//b", "__meta__", "a\nb", "a\0b", "\ud800", "x" * 96, "\N{CAT FACE}" * 24],
+)
+def test_keys_that_readers_would_change_are_refused(key: str) -> None:
+    with pytest.raises(RefusedSample) as error:
+        check_key(key)
+    assert error.value.reason == "key"
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (("key-0000", picture(), "png", "twice", {}), "duplicate"),
+        (("a", b"GIF89a", "png", "no image we know", {}), "decode"),
+        (("a", picture()[:20], "png", "cut in the header", {}), "decode"),
+        (("a", picture(), "jpg", "not what it says", {}), "format"),
+        (("a", picture(), "gif", "not what it says", {}), "format"),
+        (("a", picture(), "png", " \n", {}), "caption"),
+        (("a", picture(), "png", "half \ud83d", {}), "json"),
+        (("a", picture(), "png", "no number", {"x": float("nan")}), "json"),
+        (("a", picture(), "png", "no json", {"x": b"bytes"}), "json"),
+    ],
+)
+def test_a_refused_sample_says_why_and_leaves_the_writer_usable(
+    tmp_path: Path, sample: Any, reason: str
+) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write(*samples(1)[0])
+        with pytest.raises(RefusedSample) as error:
+            writer.write(*sample)
+        assert error.value.reason == reason
+        writer.write("last", picture(), "PNG", "still works", {})
+    assert open_shards(tmp_path).keys() == ["key-0000", "last"]
+
+
+@pytest.mark.parametrize("when", [0, 1, 5, 9])
+def test_an_error_in_the_block_leaves_nothing(tmp_path: Path, when: int) -> None:
+    def broken() -> Iterator[Sample]:
+        yield from samples(when)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "x", broken())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_killed_writer_leaves_nothing_that_looks_valid_and_can_be_repeated(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from samples import samples; from diptych.data.shards import ShardWriter\n"
+        "with ShardWriter(sys.argv[1], samples_per_shard=4) as writer:\n"
+        "    for number, sample in enumerate(samples(11)):\n"
+        "        writer.write(*sample)\n"
+        "        if number == 9: os._exit(9)\n"
+    )
+    folder = tmp_path / "x"
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(Path(__file__).parent)], check=False)
+    assert done.returncode == 9
+    assert [path.name for path in folder.iterdir()] == [".partial"]
+    with pytest.raises(UserError, match=r"manifest\.jsonl"):
+        open_shards(folder)
+    write(folder, samples(11))
+    write(tmp_path / "y", samples(11))
+    for path in (tmp_path / "y").iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert len(list(folder.iterdir())) == len(list((tmp_path / "y").iterdir()))
+
+
+def test_a_crash_while_shards_are_moved_leaves_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, calls = Path.rename, list[Path]()
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, samples(9))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has tars but no"):
+        open_shards(tmp_path)
+    with pytest.raises(UserError, match="holds shards already"):
+        write(tmp_path, samples(9))
+
+
+def test_two_writers_cannot_share_a_folder(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write(*samples(1)[0])
+        with pytest.raises(UserError, match="another process"), ShardWriter(tmp_path):
+            pass
+    assert len(open_shards(tmp_path)) == 1
+
+
+def test_overwriting_replaces_the_whole_set_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, samples(12))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        write(tmp_path, samples(2))
+    write(tmp_path, samples(2, first=50), overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "00000.idx", "00000.tar", "manifest.jsonl", "notes.txt", "sizes.json"
+    ]  # fmt: skip
+    assert open_shards(tmp_path).keys() == ["key-0050", "key-0051"]
+    with pytest.raises(RefusedSample):
+        write(tmp_path, [*samples(5), samples(1)[0]], overwrite=True)
+    assert open_shards(tmp_path).keys() == ["key-0050", "key-0051"]
+
+
+def test_shards_also_end_at_a_number_of_bytes(tmp_path: Path) -> None:
+    write(tmp_path, samples(6), per_shard=100, bytes_per_shard=4000)
+    shards = open_shards(tmp_path)
+    assert len(shards.shard_names) > 1
+    assert shards.keys() == [sample[0] for sample in samples(6)]
+
+
+def test_nothing_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no samples"), ShardWriter(tmp_path / "x"):
+        pass
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="with block"):
+        ShardWriter(tmp_path / "x").write(*samples(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"), [("image", "hash"), ("caption", "caption"), ("json", "caption")]
+)
+def test_one_flipped_bit_makes_a_damaged_sample(tmp_path: Path, member: str, reason: str) -> None:
+    write(tmp_path, samples(8))
+    shards = open_shards(tmp_path)
+    record = shards.records(1)[2]
+    flip(tmp_path / "00001.tar", int(record[f"{member}_offset"]) + int(record[f"{member}_size"]) // 2)
+    with pytest.raises(DamagedSample) as error:
+        shards.read(6)
+    assert (error.value.shard, error.value.key, error.value.reason) == ("00001.tar", "key-0006", reason)
+    assert str(error.value) == f"00001.tar: sample 'key-0006' is damaged ({reason})"
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (again.shard, again.key, again.reason) == (error.value.shard, error.value.key, error.value.reason)
+    for sample_id in (0, 5, 7):
+        shards.read(sample_id)
+
+
+def test_a_tar_that_shrinks_while_it_is_read_is_damage(tmp_path: Path) -> None:
+    write(tmp_path, samples(8))
+    shards = open_shards(tmp_path)
+    shards.read(0)
+    record = shards.records(0)[2]
+    os.truncate(tmp_path / "00000.tar", int(record["image_offset"]) + 10)
+    assert shards.read(1).key == "key-0001"
+    for sample_id in (2, 3):
+        with pytest.raises(DamagedSample, match="missing"):
+            shards.read(sample_id)
+
+
+def test_a_failing_file_system_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, samples(4))
+    shards = open_shards(tmp_path)
+
+    def failing(*args: Any) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        shards.read(0)
+    monkeypatch.undo()
+    assert shards.read(0).key == "key-0000"
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, samples(4))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 100), offset))
+    assert open_shards(tmp_path).read(1).image == samples(2)[1][1]
+
+
+def test_pickled_shards_read_the_same(tmp_path: Path) -> None:
+    write(tmp_path, samples(8))
+    shards = open_shards(tmp_path)
+    shards.read(3)
+    again: ShardSet = pickle.loads(pickle.dumps(shards))
+    assert (len(again), again.fingerprint, again.find("key-0005")) == (8, shards.fingerprint, 5)
+    assert as_dict(again.read(6)) == as_dict(shards.read(6))
+
+
+def read_in_child(shards: ShardSet, ids: list[int], queue: Any) -> None:
+    queue.put([shards.read(sample_id).caption for sample_id in ids])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_the_same_shards(tmp_path: Path, method: str) -> None:
+    write(tmp_path, samples(12))
+    shards = open_shards(tmp_path)
+    shards.read(0)  # files are open before the fork
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=read_in_child, args=(shards, list(range(12)), queue))
+    child.start()
+    mine = [shards.read(sample_id).caption for sample_id in reversed(range(12))]
+    assert queue.get(timeout=60) == mine[::-1]
+    child.join()
+    queue.close()
+    queue.join_thread()
+
+
+def test_threads_read_while_files_are_closed_under_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.data.shards.OPEN_SHARDS", 2)
+    write(tmp_path, samples(24))
+    shards, wrong = open_shards(tmp_path), list[Any]()
+
+    def work(seed: int) -> None:
+        for sample_id in np.random.default_rng(seed).integers(0, 24, 200):
+            try:
+                if shards.read(int(sample_id)).key != f"key-{sample_id:04d}":
+                    wrong.append(sample_id)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_few_files_stay_open_however_many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.data.shards.OPEN_SHARDS", 3)
+    write(tmp_path, samples(20), per_shard=1)
+    before = len(os.listdir("/proc/self/fd"))
+    shards = open_shards(tmp_path)
+    for sample_id in range(20):
+        shards.read(sample_id)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3  # the tar and its index
+    del shards
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def spoil_manifest(folder: Path, **fields: Any) -> None:
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | fields)
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "manifest.jsonl").unlink(), "has tars but no manifest.jsonl; write it"),
+        (lambda f: (f / "00001.tar").unlink(), "names 00001.tar, which is missing"),
+        (lambda f: os.truncate(f / "00001.tar", 700), "00001.tar has 700 bytes, the manifest says"),
+        (lambda f: (f / "00000.idx").unlink(), "00000.idx is missing"),
+        (lambda f: (f / "manifest.jsonl").write_text("{\n"), "line 1 is no row of a manifest"),
+        (lambda f: (f / "manifest.jsonl").write_text("[]\n"), "line 1 is no row of a manifest"),
+        (lambda f: (f / "manifest.jsonl").write_text("[" * 100_000), "line 1 is no row of a manifest"),
+        (lambda f: spoil_manifest(f, shard="../x.tar"), "is no shard name"),
+        (lambda f: spoil_manifest(f, shard="/etc/x.tar"), "is no shard name"),
+        (lambda f: spoil_manifest(f, shard=3), "is no row"),
+        (lambda f: spoil_manifest(f, bytes="7"), "a field has the wrong type"),
+        (lambda f: spoil_manifest(f, xxh3="no"), "a field has the wrong type"),
+        (lambda f: spoil_manifest(f, extra=1), "extra"),
+        (lambda f: spoil_manifest(f, shard="00001.tar"), "lists a shard twice"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_in_one_sentence(
+    tmp_path: Path, damage: Any, words: str
+) -> None:
+    write(tmp_path, samples(8))
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        open_shards(tmp_path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: os.truncate(f, 0), "is empty"),
+        (lambda f: os.truncate(f, 30), "is no index"),
+        (lambda f: os.truncate(f, f.stat().st_size - 1), "is cut short"),
+        (lambda f: flip(f, 0), "is no index"),
+        (lambda f: flip(f, 8), "has version 0"),
+        (lambda f: flip(f, 16), "is not the index of"),
+        (lambda f: flip(f, 100), "is not the index of"),
+        (lambda f: flip(f, f.stat().st_size - 1), "is not the index of"),
+    ],
+)
+def test_an_index_that_is_not_the_manifests_is_refused(tmp_path: Path, damage: Any, words: str) -> None:
+    write(tmp_path, samples(8))
+    damage(tmp_path / "00001.idx")
+    shards = open_shards(tmp_path)
+    shards.read(0)
+    with pytest.raises(UserError, match=words):
+        shards.read(4)
+
+
+def test_an_absent_or_empty_folder_names_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        open_shards(tmp_path / "no")
+    with pytest.raises(UserError, match="diptych data build"):
+        open_shards(tmp_path)
+
+
+def test_corpus_names_are_folders_too(tmp_path: Path) -> None:
+    write(tmp_path / "cache/corpora/small/train", samples(3))
+    assert len(open_shards("corpus:small/train")) == 3
+    with pytest.raises(UserError, match="fetch"):
+        open_shards("corpus:other/train")
+
+
+def test_tarfile_extracts_what_was_written(tmp_path: Path) -> None:
+    write(tmp_path, samples(3))
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        members = tar.getmembers()
+        assert [m.name for m in members] == [name for name, _ in sample_members(samples(3))]
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.type) for m in members} == {
+            (0, 0, 0, 0o644, tarfile.REGTYPE)
+        }
+        for member, (_, data) in zip(members, sample_members(samples(3)), strict=True):
+            file = tar.extractfile(member)
+            assert file is not None
+            assert file.read() == data
