@@ -1,0 +1,49 @@
+"""``diptych predict``: answers of a fine-tuned run for a table."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EPILOG = """example:
+  diptych predict runs/demo-match my.csv -o answers.csv
+  diptych predict runs/demo-match my.parquet -o answers.parquet --head bilinear
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand."""
+    parser = subparsers.add_parser(
+        "predict",
+        help="classes and probabilities for the rows of a table",
+        description="Answer every row of a table (CSV, TSV, JSONL or Parquet) with the columns that the run "
+        "was fine-tuned on. A cell may be empty, and a whole column absent: then the other modality answers.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="a folder of diptych finetune")
+    parser.add_argument("table", metavar="IN", help="the table to answer")
+    parser.add_argument("-o", "--out", required=True, help="file to write: .csv, .tsv, .jsonl or .parquet")
+    parser.add_argument("--head", default=None, help="which head answers (default: the recommended one)")
+    parser.add_argument(
+        "--root", default=None, help="folder that image paths may not leave (default: the table's)"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict and write the answers."""
+    from ..configs.files import resolve_data_path
+    from ..finetune.answers import check_out, write_answers
+    from ..finetune.predictor import Predictor
+    from .progress import progress
+
+    out = Path(args.out)
+    check_out(out)
+    predictor = Predictor.load(args.run_folder, head=args.head, device=args.device)
+    root = resolve_data_path(args.root) if args.root else None
+    columns, rows = predictor.read(resolve_data_path(args.table), root)
+    probabilities = predictor.of_rows(rows, progress=progress)
+    write_answers(out, columns, predictor, probabilities)
+    print(f"wrote {out} ({len(rows)} rows, head {predictor.head})")
+    return 0

@@ -1,0 +1,175 @@
+"""A fine-tuning run on disk: safetensors and JSON, whole or absent, and complete in itself.
+
+``encoder/`` is the pretrained checkpoint as an open_clip folder; ``heads/NAME/`` holds per seed the head
+(``seed_0.safetensors``) and, where they were trained, the encoders (``encoder_seed_0/``); ``run.json`` says
+what a prediction needs. Nothing is unpickled and nothing outside the folder is needed.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..configs.errors import UserError
+from ..configs.files import fsync_folder
+from ..pretrain.model import LoadedModel, bundle_text, load_model, open_clip_config
+from .config import HeadConfig
+from .fusion import Head, build_head
+
+__all__ = [
+    "SavedHead",
+    "file_hash",
+    "read_head",
+    "read_json",
+    "save_encoder",
+    "save_head",
+    "write_folder"
+]  # fmt: skip
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write into a temporary folder that then takes the place of ``folder``; after an error
+    everything is as it was. UserError if the disk is full or not writable."""
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        fsync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror or error}); make room, then start the same command"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError with the path if it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: {(error.strerror or str(error)).lower()}; give a fine-tuning run"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); make the run again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold an object; make the run again")
+    return data
+
+
+def write_encoder(model: LoadedModel, folder: Path) -> None:
+    """Write both towers into an existing folder, as open_clip reads them."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.clip.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(open_clip_config(model.clip), indent=1) + "\n", encoding="utf-8")
+    bundle_text(model.clip, folder)
+
+
+def save_encoder(model: LoadedModel, folder: Path, fingerprint: str) -> None:
+    """Keep the pretrained encoders in the run; if they are there already, do nothing."""
+    note = folder / "fingerprint.json"
+    if note.is_file() and read_json(note).get("sha256") == fingerprint:
+        return
+
+    def fill(temporary: Path) -> None:
+        write_encoder(model, temporary)
+        (temporary / note.name).write_text(json.dumps({"sha256": fingerprint}) + "\n", encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+@dataclass(frozen=True)
+class SavedHead:
+    """A trained head of one seed. ``encoder``: the folder of its own encoders, or None for the run's."""
+
+    head: Head
+    scale: float
+    shift: float
+    encoder: Path | None
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Logits whose probabilities are calibrated."""
+        return self.scale * logits.double() + self.shift
+
+
+def save_head(
+    folder: Path, document: dict[str, Any], members: list[tuple[int, Head, LoadedModel | None]]
+) -> None:
+    """Write ``heads/NAME``: ``head.json`` and each seed's tensors with their hashes."""
+
+    def fill(temporary: Path) -> None:
+        files: dict[str, str] = {}
+        for seed, head, model in members:
+            name = f"seed_{seed}.safetensors"
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, temporary / name
+            )
+            files[name] = file_hash(temporary / name)
+            if model is not None:
+                (temporary / f"encoder_seed_{seed}").mkdir()
+                write_encoder(model, temporary / f"encoder_seed_{seed}")
+        text = json.dumps(document | {"files": files}, indent=1) + "\n"
+        (temporary / "head.json").write_text(text, encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def read_head(
+    folder: Path, widths: dict[str, int], token_widths: dict[str, int] | None, outputs: int
+) -> list[SavedHead]:
+    """The trained heads of all seeds, in eval mode. Raises UserError for a damaged or foreign file."""
+    document = read_json(folder / "head.json")
+    config = HeadConfig.model_validate_json(json.dumps(document["config"]))
+    saved: list[SavedHead] = []
+    for seed in document["seeds"]:
+        path = folder / f"seed_{seed['seed']}.safetensors"
+        head = build_head(config, widths, outputs, token_widths)
+        try:
+            if file_hash(path) != document["files"][path.name]:
+                raise UserError(
+                    f"{path} is damaged (its sha256 differs); remove {folder} and fine-tune again"
+                )
+            head.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); remove {folder} and fine-tune again"
+            ) from error
+        encoder = folder / f"encoder_seed_{seed['seed']}"
+        own = encoder if encoder.is_dir() else None
+        saved.append(SavedHead(head.eval(), float(seed["scale"]), float(seed["shift"]), own))
+    return saved
+
+
+def open_encoder(folder: Path, device: str | torch.device) -> LoadedModel:
+    """The encoders kept in a run."""
+    return load_model(folder, device=device)
