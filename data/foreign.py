@@ -145,14 +145,13 @@ def _check_before(folder: Path, names: list[str], overwrite: bool) -> None:
                 f"{folder}/{packed[0]} is compressed and cannot be read at random; unpack it to .tar"
             )
         raise UserError(f"{folder} holds no .tar files; make shards with `diptych data build`")
-    stems = Counter(Path(name).stem for name in names)
     if overwrite:
         return
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} has an index already; give --overwrite to make it again")
-    for name in stems:
-        path = folder / f"{name}.idx"
-        if path.is_file() and path.open("rb").read(len(MAGIC)) != MAGIC:
+    for name in names:
+        path = idx_path(folder / name)
+        if path.is_file() and not path.read_bytes().startswith(MAGIC):
             raise UserError(f"{path} is the index of another program; give --overwrite to replace it")
 
 
