@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..configs.errors import UserError
+from .augment import AugmentConfig, least_side, train_image
 from .captions import CaptionConfig, choose_caption
-from .decode import AugmentConfig, DecodeError, decode_image, least_side, train_image
+from .decode import DecodeError, decode_image
 from .order import Order
 from .permutation import SampleRandom
 from .shards import DamagedSample, RawSample, ShardSet
@@ -74,14 +75,15 @@ class BatchMaker(Dataset[Any]):
         """One local batch of b rows; see ``Stream`` for its entries. Raises UserError."""
         recipe = self.recipe
         ids = self.order.local_batch(epoch, step, recipe.rank, recipe.world_size)
-        image = torch.empty(len(ids), 3, recipe.image_size, recipe.image_size, dtype=torch.uint8)
+        # filled by numpy, which copies interleaved pixels into planes twice as fast as torch
+        image = np.empty((len(ids), 3, recipe.image_size, recipe.image_size), dtype=np.uint8)
         valid = torch.ones(len(ids), dtype=torch.bool)
         captions: list[str] = []
         bad: list[dict[str, Any]] = []
         for row, sample_id in enumerate(ids.tolist()):
             try:
                 pixels, caption = self._sample(epoch, sample_id)
-                image[row] = pixels
+                image[row] = pixels.numpy()
             except DamagedSample as error:
                 if recipe.on_bad == "raise":
                     raise UserError(f"{error}; mend or remove it, or set data.on_bad: mask") from error
@@ -91,7 +93,7 @@ class BatchMaker(Dataset[Any]):
             captions.append(caption)
         token_ids, seq_lens = self.tokenizer.pack(captions)
         return {
-            "image": image,
+            "image": torch.from_numpy(image),
             "token_ids": token_ids,
             "seq_lens": seq_lens,
             "valid": valid,

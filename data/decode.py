@@ -1,4 +1,4 @@
-"""Bytes to uint8 pixels: guarded decoding, keyed augmentation, and open_clip's evaluation preprocessing.
+"""Bytes to uint8 pixels: guarded decoding, and open_clip's evaluation preprocessing.
 
 Pixels stay uint8 [3, H, W] until they are on the device. Resizing is torch's antialiased uint8 kernel, the
 fastest on a CPU, within one step of 255 of Pillow's. The orientation that a camera noted in EXIF is not
@@ -6,20 +6,15 @@ applied, as open_clip does not.
 """
 
 import io
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.random import Generator
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transforms
 
-from ..configs.load import StrictModel
 from .image_header import MAX_PIXELS, HeaderError, read_header
 
 try:
@@ -27,15 +22,7 @@ try:
 except ImportError:
     simplejpeg = None
 
-__all__ = [
-    "AugmentConfig",
-    "DecodeError",
-    "decode_image",
-    "eval_image",
-    "least_side",
-    "resize",
-    "train_image",
-]
+__all__ = ["DecodeError", "Interpolation", "ResizeMode", "decode_image", "eval_image", "resize"]
 
 _PLUGINS: dict[str, Callable[[Any], Image.Image]] = {
     "png": PngImagePlugin.PngImageFile,
@@ -52,37 +39,6 @@ class DecodeError(ValueError):
     def __init__(self, message: str, reason: Literal["decode", "size"] = "decode") -> None:
         super().__init__(message)
         self.reason = reason
-
-
-class AugmentConfig(StrictModel):
-    """What is done to training images. All of it is keyed by (seed, epoch, sample id): the same pixels on any
-    number of ranks and workers. The defaults are open_clip's."""
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    """Area of the random crop as a fraction of the image, least and most; equal to (1, 1): a centre crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio of the crop, least and most."""
-    margin: float = Field(default=0.0, ge=0, le=1)
-    """White added around the image before the crop, at most this fraction of its size on each axis; how much
-    and on which side is drawn. For icons, whose sets leave different margins."""
-    hflip: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a mirror image; captions that say left or right forbid it."""
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Strength of brightness, contrast, saturation and hue changes, as torchvision's ColorJitter."""
-    color_jitter_prob: float = Field(default=0.0, ge=0, le=1)
-    """Probability of colour jitter."""
-    grayscale_prob: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a grey image."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "AugmentConfig":
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale: {list(self.scale)} must be two rising numbers in (0, 1]")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio: {list(self.ratio)} must be two rising positive numbers")
-        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
-            raise ValueError(f"color_jitter: {list(self.color_jitter)} must not be negative, hue at most 0.5")
-        return self
 
 
 def decode_image(data: bytes, *, max_pixels: int, least: int | None = None) -> Tensor:
@@ -151,90 +107,6 @@ def resize(image: Tensor, height: int, width: int, *, mode: str = "bicubic") -> 
         return image
     # what torchvision.transforms.v2.functional.resize runs, without its 20 microseconds of dispatch
     return F.interpolate(image[None], size=(height, width), mode=mode, antialias=True)[0]
-
-
-def train_image(image: Tensor, image_size: int, augment: AugmentConfig, rng: Generator) -> Tensor:
-    """One augmented training image, uint8 [3, S, S], of uint8 [3, H, W].
-
-    ``rng``: the sample's own random numbers; equal numbers give equal pixels.
-    """
-    # every draw has its place, so that one setting does not shift the draws of another
-    draws: list[float] = rng.random(_DRAWS).tolist()
-    if augment.margin:
-        image = _on_paper(image, augment.margin, draws[_MARGIN])
-    top, left, height, width = _crop_box(image.shape[1], image.shape[2], augment, draws[_CROP])
-    image = resize(image[:, top : top + height, left : left + width], image_size, image_size)
-    flip, jitter, grey = draws[_CHANCES]
-    if flip < augment.hflip:
-        image = image.flip(2)
-    if jitter < augment.color_jitter_prob:
-        image = _colour_jitter(image, augment.color_jitter, draws[_JITTER])
-    if grey < augment.grayscale_prob:
-        image = transforms.rgb_to_grayscale(image, num_output_channels=3)
-    return image
-
-
-_ATTEMPTS = 10
-_CROP = slice(0, 2 * _ATTEMPTS + 2)
-_CHANCES = slice(22, 25)
-_MARGIN = slice(25, 28)
-_JITTER = slice(28, 36)
-_DRAWS = 36
-
-
-def least_side(image_size: int, augment: AugmentConfig) -> int:
-    """The shorter side of an image whose every crop is at least ``image_size`` wide and high: what
-    ``decode_image`` may reduce it to."""
-    narrowest = min(augment.ratio[0], 1 / augment.ratio[1])
-    return math.ceil(image_size / math.sqrt(augment.scale[0] * narrowest))
-
-
-def _on_paper(image: Tensor, most: float, draws: list[float]) -> Tensor:
-    """The image somewhere on a larger white sheet."""
-    height, width = image.shape[1:]
-    more_height, more_width = round(height * most * draws[0]), round(width * most * draws[0])
-    top, left = int((more_height + 1) * draws[1]), int((more_width + 1) * draws[2])
-    # pixels stay interleaved, as decoders leave them and the resize kernel likes them
-    sheet = image.new_full((height + more_height, width + more_width, 3), 255).permute(2, 0, 1)
-    sheet[:, top : top + height, left : left + width] = image
-    return sheet
-
-
-def _crop_box(
-    height: int, width: int, augment: AugmentConfig, draws: list[float]
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width, distributed as in torchvision's RandomResizedCrop."""
-    least, most = augment.scale
-    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
-    for attempt in range(_ATTEMPTS):
-        area = height * width * (least + (most - least) * draws[2 * attempt])
-        aspect = math.exp(low + (high - low) * draws[2 * attempt + 1])
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            down, right = draws[2 * _ATTEMPTS :]
-            return int((height - h + 1) * down), int((width - w + 1) * right), h, w
-    if width / height < augment.ratio[0]:
-        w, h = width, min(height, max(1, round(width / augment.ratio[0])))
-    elif width / height > augment.ratio[1]:
-        w, h = min(width, max(1, round(height * augment.ratio[1]))), height
-    else:
-        w, h = width, height
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _colour_jitter(image: Tensor, strength: tuple[float, float, float, float], draws: list[float]) -> Tensor:
-    """Brightness, contrast, saturation and hue changed in a drawn order, as torchvision's ColorJitter."""
-    for which in sorted(range(4), key=lambda k: draws[4 + k]):
-        amount, draw = strength[which], draws[which]
-        if amount == 0:
-            continue
-        if which == 3:
-            image = transforms.adjust_hue(image, amount * (2 * draw - 1))
-        else:
-            lowest = max(0.0, 1 - amount)
-            change = (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation)
-            image = change[which](image, lowest + (1 + amount - lowest) * draw)
-    return image
 
 
 def eval_image(

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from ..configs.errors import UserError
 from ..configs.files import resolve_data_path
 from ..configs.load import StrictModel
+from .augment import AugmentConfig
 from .batches import Batch, BatchMaker, Failure, Recipe, decode_sample, read_retrying
 from .captions import CaptionConfig
-from .decode import AugmentConfig, Interpolation, ResizeMode, eval_image
+from .decode import Interpolation, ResizeMode, eval_image
 from .image_header import MAX_PIXELS
 from .order import Order, Steps
 from .shards import DamagedSample, RawSample, ShardSet, open_shards

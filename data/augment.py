@@ -1,0 +1,175 @@
+"""Augmentation of training images, keyed by the sample: the same pixels on any number of ranks and workers.
+
+What is not exact by nature is kept out: arithmetic runs element by element, in an order that no thread count
+changes.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ..configs.load import StrictModel
+from .decode import resize
+
+__all__ = ["AugmentConfig", "least_side", "train_image"]
+
+Floats = NDArray[np.float64]
+Bytes = NDArray[np.uint8]
+
+# every draw of a sample has its place, so that one setting does not shift the draws of another
+_ATTEMPTS = 10
+_CROP = slice(0, 2 * _ATTEMPTS + 2)
+_CHANCES = slice(22, 25)
+_MARGIN = slice(25, 28)
+_JITTER = slice(28, 36)
+_DRAWS = 36
+
+_LUMA = np.tile([0.299, 0.587, 0.114], (3, 1))  # Rec. 601, as in torchvision
+# hueRotate of SVG (W3C, Filter Effects, feColorMatrix): L + cos (I - L) + sin K
+_HUE_L = np.tile([0.213, 0.715, 0.072], (3, 1))
+_HUE_K = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
+_UNIT = np.eye(3)
+
+
+class AugmentConfig(StrictModel):
+    """What is done to training images. The defaults are open_clip's."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the random crop as a fraction of the image, least and most."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop, least and most."""
+    margin: float = Field(default=0.0, ge=0, le=1)
+    """White added around the image before the crop, at most this fraction of its size on each axis; how much
+    and on which side is drawn. For icons, whose sets leave different margins."""
+    hflip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a mirror image; captions that say left or right forbid it."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strength of brightness, contrast, saturation and hue changes, drawn as in torchvision's ColorJitter:
+    factors from 1 - x to 1 + x in a random order, hue by up to x turns."""
+    color_jitter_prob: float = Field(default=0.0, ge=0, le=1)
+    """Probability of colour jitter."""
+    grayscale_prob: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a grey image."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale: {list(self.scale)} must be two rising numbers in (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"ratio: {list(self.ratio)} must be two rising positive numbers")
+        if not all(0 <= x < math.inf for x in self.color_jitter) or self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter: {list(self.color_jitter)} must not be negative, hue at most 0.5")
+        if self.color_jitter_prob and not any(self.color_jitter):
+            raise ValueError("color_jitter_prob is set, but color_jitter changes nothing; give it strengths")
+        return self
+
+
+def train_image(image: Tensor, image_size: int, augment: AugmentConfig, rng: Generator) -> Tensor:
+    """One augmented training image, uint8 [3, S, S], of uint8 [3, H, W].
+
+    ``rng``: the sample's own random numbers; equal numbers give equal pixels.
+    """
+    draws: list[float] = rng.random(_DRAWS).tolist()
+    if augment.margin:
+        image = _on_paper(image, augment.margin, draws[_MARGIN])
+    top, left, height, width = _crop_box(image.shape[1], image.shape[2], augment, draws[_CROP])
+    image = resize(image[:, top : top + height, left : left + width], image_size, image_size)
+    flip, jitter, grey = draws[_CHANCES]
+    if flip < augment.hflip:
+        image = image.flip(2)
+    jittered, greyed = jitter < augment.color_jitter_prob, grey < augment.grayscale_prob
+    if jittered or greyed:
+        planes = np.ascontiguousarray(image.numpy())
+        strength = augment.color_jitter if jittered else (0.0, 0.0, 0.0, 0.0)
+        image = torch.from_numpy(_recolour(planes, *_colour_map(planes, strength, greyed, draws[_JITTER])))
+    return image
+
+
+def least_side(image_size: int, augment: AugmentConfig) -> int:
+    """The shorter side of an image whose every crop is at least ``image_size`` wide and high: what
+    ``decode_image`` may reduce it to."""
+    narrowest = min(augment.ratio[0], 1 / augment.ratio[1], 1.0)
+    return math.ceil(image_size / math.sqrt(augment.scale[0] * narrowest))
+
+
+def _on_paper(image: Tensor, most: float, draws: list[float]) -> Tensor:
+    """The image somewhere on a larger white sheet."""
+    pixels: Bytes = image.permute(1, 2, 0).numpy()  # interleaved, as decoders leave them
+    height, width, _ = pixels.shape
+    more_height, more_width = round(height * most * draws[0]), round(width * most * draws[0])
+    top, left = int((more_height + 1) * draws[1]), int((more_width + 1) * draws[2])
+    sheet = np.full((height + more_height, width + more_width, 3), 255, dtype=np.uint8)
+    sheet[top : top + height, left : left + width] = pixels
+    return torch.from_numpy(sheet).permute(2, 0, 1)
+
+
+def _crop_box(
+    height: int, width: int, augment: AugmentConfig, draws: list[float]
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width, distributed as in torchvision's RandomResizedCrop."""
+    least, most = augment.scale
+    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+    for attempt in range(_ATTEMPTS):
+        area = height * width * (least + (most - least) * draws[2 * attempt])
+        aspect = math.exp(low + (high - low) * draws[2 * attempt + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            down, right = draws[2 * _ATTEMPTS :]
+            return int((height - h + 1) * down), int((width - w + 1) * right), h, w
+    if width / height < augment.ratio[0]:
+        w, h = width, min(height, max(1, round(width / augment.ratio[0])))
+    elif width / height > augment.ratio[1]:
+        w, h = min(width, max(1, round(height * augment.ratio[1]))), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _colour_map(
+    planes: Bytes, strength: tuple[float, float, float, float], grey: bool, draws: list[float]
+) -> tuple[Floats, Floats]:
+    """All colour changes as one affine map of RGB, [3, 3] and [3].
+
+    Each change is affine by itself, so composing them costs one pass over the pixels instead of fifty; unlike
+    torchvision's it clips once, at the end, and turns hue by a rotation instead of through HSV.
+    """
+    matrix, shift = _UNIT, np.zeros(3)
+    for which in sorted(range(4), key=lambda k: draws[4 + k]):
+        if strength[which] == 0:
+            continue
+        low = -strength[3] if which == 3 else max(0.0, 1 - strength[which])
+        high = strength[3] if which == 3 else 1 + strength[which]
+        amount = low + (high - low) * draws[which]
+        if which == 0:
+            matrix, shift = amount * matrix, amount * shift
+        elif which == 1:  # towards the mean grey of the image as it is by now
+            mean = planes.reshape(3, -1).sum(axis=1, dtype=np.int64) / (planes.size // 3)
+            shift = amount * shift + (1 - amount) * float(_LUMA[0] @ (matrix @ mean + shift))
+            matrix = amount * matrix
+        else:
+            turn = 2 * math.pi * amount
+            change = (
+                amount * _UNIT + (1 - amount) * _LUMA
+                if which == 2
+                else _HUE_L + math.cos(turn) * (_UNIT - _HUE_L) + math.sin(turn) * _HUE_K
+            )
+            matrix, shift = change @ matrix, change @ shift
+    return (_LUMA @ matrix, _LUMA @ shift) if grey else (matrix, shift)
+
+
+def _recolour(planes: Bytes, matrix: Floats, shift: Floats) -> Bytes:
+    """``matrix @ rgb + shift`` of every pixel, rounded and clipped; planes uint8 [3, H, W]."""
+    rgb = planes.astype(np.float32)
+    m, c = matrix.astype(np.float32)[:, :, None, None], shift.astype(np.float32)[:, None, None]
+    # no matrix product: its rounding may depend on the number of threads
+    out = rgb[0] * m[:, 0]
+    out += rgb[1] * m[:, 1]
+    out += rgb[2] * m[:, 2]
+    out += c + np.float32(0.5)
+    np.clip(out, 0, 255, out=out)
+    return out.astype(np.uint8)
