@@ -81,10 +81,18 @@ class Stream(Iterator[Batch]):
     """
 
     def __init__(
-        self, shards: ShardSet, order: Order, tokenizer: Tokenizer, recipe: Recipe, config: DataConfig
-    ):
+        self,
+        shards: ShardSet,
+        order: Order,
+        tokenizer: Tokenizer,
+        recipe: Recipe,
+        config: DataConfig,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
         self._shards, self._order, self._tokenizer = shards, order, tokenizer
         self._recipe, self._config = recipe, config
+        self._pin_memory = pin_memory
         self._epoch = self._step = 0
         self._batches: Iterator[Batch | Failure] | None = None
 
@@ -137,7 +145,7 @@ class Stream(Iterator[Batch]):
             multiprocessing_context=self._config.start_method,
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin_memory,
         )
         return iter(loader)
 
@@ -213,8 +221,11 @@ def open_stream(
     tokenizer: Tokenizer,
     rank: int = 0,
     world_size: int = 1,
+    pin_memory: bool = False,
 ) -> Stream:
     """The stream of one rank, at the start of epoch 0.
+
+    ``pin_memory``: workers' batches arrive in page-locked memory, from which copies to a GPU need not wait.
 
     Raises UserError if the data cannot be opened, has fewer samples than a global batch, or there are more
     ranks than rows.
@@ -234,7 +245,7 @@ def open_stream(
     recipe = Recipe(
         image_size, config.augment, config.captions, config.max_pixels, config.on_bad, rank, world_size
     )
-    return Stream(shards, order, tokenizer, recipe, config)
+    return Stream(shards, order, tokenizer, recipe, config, pin_memory=pin_memory)
 
 
 @dataclass
