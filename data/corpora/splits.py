@@ -3,8 +3,8 @@
 * ``test_word``: everything whose concept carries a held-out word, whoever drew it. Such a word stands in no
   caption, alternative name or tag of the other splits.
 * ``test_vendor``: the artwork families that are never trained on.
-* ``val``: one more family that is never trained on, and a share of the concepts of the others: a recipe tuned on it
-  meets both of the situations that the tests ask about.
+* ``val``: one more family that is never trained on, and a share of the concepts of the others: a recipe
+  tuned on it meets both of the situations that the tests ask about.
 * ``train``: the rest, without pictures that look the same as one of the above.
 """
 
@@ -71,8 +71,8 @@ def _stems(text: str) -> set[str]:
 
 
 def held_out_words(drawings: Sequence[Drawing], rules: SplitRules) -> list[str]:
-    """Stems of the held-out words, sorted: chosen by hash among those of at least four letters that stand in a
-    middling number of captions, drawn by two families or more."""
+    """Stems of the held-out words, sorted: chosen by hash among those of at least four letters that stand
+    in a middling number of captions, drawn by two families or more."""
     pictures: Counter[str] = Counter()
     families: dict[str, set[str]] = defaultdict(set)
     for drawing in drawings:

@@ -1,14 +1,16 @@
 """Labelled tasks from the corpus: tables of references to its pictures, for fine-tuning.
 
-``match``: does this caption belong to this picture? Every picture and every caption stands once in a match and once
-in a mismatch with a near neighbour (same vendor, same subgroup), so a model that sees one modality alone is at 50 %
-by construction. ``category``: the group and subgroup of an emoji, on concepts that the training rows do not have.
+``match``: does this caption belong to this picture? Every picture and every caption stands once in a match
+and once in a mismatch with a near neighbour (same vendor, same subgroup), so a model that sees one modality
+alone is at 50 % by construction. ``category``: the group and subgroup of an emoji, on concepts that the
+training rows do not have.
 """
 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,11 @@ def conflict(a: Drawing, b: Drawing) -> bool:
 
 
 def derange(drawings: Sequence[Drawing]) -> list[tuple[Drawing, Drawing]]:
-    """Pairs (picture, other's caption) without a conflict, in which each drawing that takes part stands once on
-    either side. Drawings for which there is no partner are left out.
+    """Pairs (picture, other's caption) without a conflict, in which each drawing that takes part stands
+    once on either side. Drawings for which there is no partner are left out.
 
-    Kuhn's augmenting paths; candidates are tried in the order of a hash, so the result is fixed but unordered.
+    Kuhn's augmenting paths; candidates are tried in the order of a hash, so the result is fixed but
+    unordered.
     """
     members = sorted(drawings, key=lambda d: _digest(d.key))
     texts = {d.key: _Texts.of(d) for d in members}
@@ -73,7 +76,9 @@ def derange(drawings: Sequence[Drawing]) -> list[tuple[Drawing, Drawing]]:
         ]
         taker: dict[int, int] = {}
 
-        def place(i: int, seen: set[int], options: list[list[int]] = options, taker: dict[int, int] = taker) -> bool:
+        def place(
+            i: int, seen: set[int], options: list[list[int]] = options, taker: dict[int, int] = taker
+        ) -> bool:
             for j in options[i]:
                 if j not in seen:
                     seen.add(j)
@@ -97,7 +102,9 @@ def _clusters(drawings: Sequence[Drawing]) -> list[list[Drawing]]:
     alphabet and in the set's own category."""
     by_name: dict[tuple[str, str, str], list[Drawing]] = defaultdict(list)
     for d in drawings:
-        kind = ("subgroup", d.subgroup) if d.subgroup else ("category", d.categories[0] if d.categories else "")
+        kind = (
+            ("subgroup", d.subgroup) if d.subgroup else ("category", d.categories[0] if d.categories else "")
+        )
         by_name[d.vendor, *kind].append(d)
     out: list[list[Drawing]] = []
     for (_, kind, _), members in sorted(by_name.items()):
@@ -107,7 +114,7 @@ def _clusters(drawings: Sequence[Drawing]) -> list[list[Drawing]]:
         members = sorted(members, key=lambda d: (d.caption, d.key))
         parts = max(1, round(len(members) / CLUSTER))
         cuts = [round(i * len(members) / parts) for i in range(parts + 1)]
-        out.extend(members[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+        out.extend(members[a:b] for a, b in pairwise(cuts))
     return out
 
 
@@ -128,12 +135,15 @@ def concept(drawing: Drawing) -> str:
 
 
 def match_rows(splits: Splits) -> list[Row]:
-    """Rows of ``match``, target 1 for a match. Train: pictures of ``train``; val: of ``val`` (a vendor and concepts
-    that pretraining has not seen, like the test); test: the emoji of the held-out emoji vendor."""
+    """Rows of ``match``, target 1 for a match. Train: pictures of ``train``; val: of ``val`` (a vendor and
+    concepts that pretraining has not seen, like the test); test: the emoji of the held-out emoji vendor."""
     parts = {
         "train": ("train", splits.by_name["train"]),
         "val": ("val", splits.by_name["val"]),
-        "test": ("test_vendor", [d for d in splits.by_name["test_vendor"] if d.vendor == TEST_VENDOR and d.emoji]),
+        "test": (
+            "test_vendor",
+            [d for d in splits.by_name["test_vendor"] if d.vendor == TEST_VENDOR and d.emoji],
+        ),
     }
     rows: list[Row] = []
     for split, (folder, drawings) in parts.items():
@@ -145,11 +155,12 @@ def match_rows(splits: Splits) -> list[Row]:
 
 
 def category_rows(splits: Splits) -> list[Row]:
-    """Rows of ``category``: ``target`` is the emoji's group, ``subgroup`` its subgroup, the text its caption.
+    """Rows of ``category``: ``target`` is the emoji's group, ``subgroup`` its subgroup, the text its
+    caption.
 
-    Concepts are dealt to train, val and test by hash (60, 10, 30 %): a caption of the test stands in no training row.
-    Train and val are drawn by the training vendors, the test by the held-out one. Subgroups with too few training
-    rows are left out.
+    Concepts are dealt to train, val and test by hash (60, 10, 30 %): a caption of the test stands in no
+    training row. Train and val are drawn by the training vendors, the test by the held-out one. Subgroups
+    with too few training rows are left out.
     """
     rows: list[Row] = []
     for folder in ("train", "test_vendor"):
