@@ -85,7 +85,9 @@ def plan(*, quick: bool, processes: int) -> list[Step]:
             "fetch", "icons of a dozen vendors, drawn and sorted (some 2 minutes)", ("data", "fetch", "icons")
         ),
         Step(
-            "verify", "every picture and caption is what was written", ("data", "verify", "corpus:icons-demo/train")
+            "verify",
+            "every picture and caption is what was written",
+            ("data", "verify", "corpus:icons-demo/train"),
         ),
         Step(
             "pretrain",

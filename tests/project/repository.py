@@ -40,6 +40,7 @@ def module_name(path: Path) -> list[str]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
+@cache
 def imports(path: Path) -> list[tuple[int, str, bool]]:
     """(line, dotted name, at the top of the file?) of everything that a file imports.
 
