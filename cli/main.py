@@ -157,5 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
+            print(f"error: {sentence}", file=sys.stderr)  # a launched run raises its UserErrors on all ranks
         return 2

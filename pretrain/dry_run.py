@@ -11,7 +11,7 @@ from ..data.stream import open_stream
 from ..data.text import build_tokenizer
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
-from .model import ContrastiveModel, build_model, open_clip_config
+from .model import ContrastiveModel, build_model, image_size, open_clip_config
 
 __all__ = ["dry_run"]
 
@@ -26,8 +26,7 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
     tokenizer = build_tokenizer(text_cfg.get("hf_tokenizer_name"), int(text_cfg.get("context_length", 77)))
     root = ContrastiveModel(clip, pad_id=tokenizer.pad_id)
-    size = clip.visual.image_size
-    side = int(size[0] if isinstance(size, tuple | list) else size)  # type: ignore[arg-type]
+    side = image_size(clip)
     probe = min(PROBE, config.train.global_batch_size)
     stream = open_stream(
         config.data.model_copy(update={"workers": 0}),

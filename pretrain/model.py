@@ -23,7 +23,7 @@ from . import weights
 from .lean_vision import encode_image
 from .packing import encode_text, pad_text, supports_packing
 from .sync_batchnorm import synchronise_batchnorm
-from .towers import ModelConfig, build_model, bundle_text, open_clip_config
+from .towers import ModelConfig, build_model, bundle_text, image_size, open_clip_config
 
 if TYPE_CHECKING:
     from ..data.text import Tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "bundle_text",
     "check_name",
     "clamp_logit_scale",
+    "image_size",
     "load_model",
     "open_clip_config",
 ]
@@ -132,8 +133,7 @@ class LoadedModel:
         self.device = torch.device(device)
         self.config = open_clip_config(clip)
         self.embed_dim = int(self.config["model_cfg"]["embed_dim"])
-        size = clip.visual.image_size
-        self.image_size = int(size[0] if isinstance(size, Sequence) else size)  # type: ignore[arg-type]
+        self.image_size = image_size(clip)
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -101,6 +101,12 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
     if config.pretrained_image and config.pretrained_image != "timm" and load_weights:
         weights.load_image(model.visual, config.pretrained_image)
     return model
+
+
+def image_size(model: nn.Module) -> int:
+    """Side of the image tower's input in pixels."""
+    size: Any = model.visual.image_size  # type: ignore[union-attr]
+    return int(size[0] if isinstance(size, Sequence) else size)
 
 
 def open_clip_config(model: nn.Module) -> dict[str, Any]:

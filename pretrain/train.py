@@ -25,8 +25,8 @@ from .config import PretrainConfig
 from .contrastive import contrastive_loss
 from .ema import Ema
 from .encode import quick_retrieval
-from .engine import build_accelerator, on_rank_0, set_threads, settle_buckets
-from .model import ContrastiveModel, build_model, clamp_logit_scale, open_clip_config
+from .engine import build_accelerator, keep_freed_memory, on_rank_0, set_threads, settle_buckets, together
+from .model import ContrastiveModel, build_model, clamp_logit_scale, image_size, open_clip_config
 from .optim import build_optimizer, clip_gradients, set_lr
 from .quarantine import Quarantine
 from .run import open_run, run_path
@@ -87,22 +87,29 @@ class _Run:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.batch_size = config.train.global_batch_size
         set_threads(config.train.threads)
+        keep_freed_memory()
+        with together(device):
+            self._build_model()
+            self._open_data()
+        self._build_engine()
+        self._open_folder()
 
-        # -- model: the same weights everywhere, then random numbers of each rank's own
+    def _build_model(self) -> None:
+        """The same weights on every rank, then random numbers of each rank's own."""
+        config = self.config
         torch.manual_seed(config.seed)
         self.clip = build_model(config.model)
+        torch.manual_seed(config.seed + 1 + self.rank)
         text_cfg = open_clip_config(self.clip)["model_cfg"]["text_cfg"]
-        name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
-        folder = getattr(self.clip, "text_folder", None)
+        name, folder = text_cfg.get("hf_tokenizer_name"), getattr(self.clip, "text_folder", None)
         self.tokenizer = build_tokenizer(
             str(folder) if name and folder else name, int(text_cfg.get("context_length", 77))
         )
-        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id).to(device)
-        torch.manual_seed(config.seed + 1 + self.rank)
+        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id).to(self.device)
+        self.image_size = image_size(self.clip)
 
-        # -- data
-        size = self.clip.visual.image_size
-        self.image_size = int(size[0] if isinstance(size, tuple | list) else size)  # type: ignore[arg-type]
+    def _open_data(self) -> None:
+        config = self.config
         self.stream = open_stream(
             config.data,
             seed=config.seed,
@@ -112,32 +119,40 @@ class _Run:
             rank=self.rank,
             world_size=self.world_size,
         )
-        held_out = config.evaluate.data
-        self.held_out = (
-            on_rank_0(lambda: open_shards(resolve_data_path(held_out)), device) if held_out else None
-        )
         self.total_steps = self._total_steps()
 
-        # -- engine
-        self.accelerator = build_accelerator(config.train.precision, device)
+    def _build_engine(self) -> None:
+        config = self.config
+        self.accelerator = build_accelerator(config.train.precision, self.device)
         self.model = self.accelerator.prepare_model(self.root)
         settle_buckets(self.model, self.root, self.tokenizer)
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.root, config.optim))
+        optimizer = build_optimizer(self.root, config.optim)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         ema = Ema(self.clip, config.optim.ema_decay) if config.optim.ema_decay else None
-        self.state = TrainState(
-            self.clip, self.optimizer.optimizer, self.stream, ema, self.accelerator.scaler, device
-        )
+        self.state = TrainState(self.clip, optimizer, self.stream, ema, self.accelerator.scaler, self.device)
 
-        # -- run folder: where it stopped, or the start
-        on_rank_0(lambda: open_run(config) and None, device)
+    def _open_folder(self) -> None:
+        """The held-out shards, and the run folder where the run stopped or at its start."""
+        config = self.config
+        held_out = config.evaluate.data
+        self.held_out = (
+            on_rank_0(lambda: open_shards(resolve_data_path(held_out)), self.device) if held_out else None
+        )
+        on_rank_0(lambda: open_run(config), self.device)
         self.folder = run_path(config)
         self.quarantine = Quarantine(
             self.folder / "quarantine.jsonl",
             lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
         )
-        self._resume()
+        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""), self.device)
+        if name := distributed.broadcast_json(newest, device=self.device):
+            self.state.load(Path(name))
+        if self.rank == 0:
+            remove_leftovers(self.folder)
+            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
+        self.quarantine.resume(self.state.step)
         self.tracker = on_rank_0(
-            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json")), device
+            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json")), self.device
         )
 
     def _total_steps(self) -> int:
@@ -146,16 +161,6 @@ class _Run:
             return -(-train.total_samples // self.batch_size)
         assert train.epochs is not None
         return max(1, round(train.epochs * self.stream.steps_per_epoch))
-
-    def _resume(self) -> None:
-        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""), self.device)
-        name = distributed.broadcast_json(newest, device=self.device)
-        if name:
-            self.state.load(Path(name))
-        if self.rank == 0:
-            remove_leftovers(self.folder)
-            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
-        self.quarantine.resume(self.state.step)
 
     def go(self, stop: StopRequest) -> Outcome:
         """The loop."""

@@ -73,14 +73,26 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows(run)]
 
 
-def launch(config: Path, out: Path, processes: int, *overrides: str, **kwargs: Any) -> subprocess.Popen[str]:
-    """The run as a user starts it, over real gloo processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def launch(
+    config: Path,
+    out: Path,
+    processes: int,
+    *overrides: str,
+    launcher: list[str] | None = None,
+    own_group: bool = False,
+) -> subprocess.Popen[str]:
+    """The run as a user starts it, over real gloo processes; ``launcher`` in place of torchrun."""
+    if launcher is None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher = torchrun if processes > 1 else []
     module = ["-m", "diptych.pretrain", str(config), f"out={out}", *overrides]
-    command = [sys.executable, *(launcher if processes > 1 else []), *module]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+        [sys.executable, *launcher, *module],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=own_group,
     )
 
 

@@ -1,0 +1,83 @@
+"""Whole runs on real gloo processes: killed, resumed, and carried over to another number of processes."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
+
+from ..pretrain.train_runs import finish, launch, losses, make_data, write_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    return write_config(folder / "run.yaml", make_data(folder / "data"))
+
+
+def kill_after(step: int, config: Path, out: Path, processes: int, *overrides: str) -> None:
+    """SIGKILL to the launcher and every rank once a step is logged."""
+    process = launch(config, out, processes, *overrides, own_group=True)
+    metrics = out / "metrics.jsonl"
+    while not metrics.is_file() or f'"step": {step},' not in metrics.read_text():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_killed_ranks_go_on_bit_for_bit(processes: int, config: Path, tmp_path: Path) -> None:
+    finish(launch(config, tmp_path / "straight", processes))
+    kill_after(9, config, tmp_path / "killed", processes)
+    finish(launch(config, tmp_path / "killed", processes))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    mine, other = (newest_checkpoint(tmp_path / name) for name in ("killed", "straight"))
+    assert mine is not None
+    assert other is not None
+    for file in sorted(path.name for path in other.glob("*.safetensors")):
+        expected = read_tensors(other / file)
+        for name, value in read_tensors(mine / file).items():
+            assert value.equal(expected[name]), (file, name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(config: Path, tmp_path: Path) -> None:
+    exact = "model.vision_cfg.patch_dropout=0.0"  # dropped patches are drawn by each rank
+    finish(launch(config, tmp_path / "straight", 1, exact))
+    kill_after(7, config, tmp_path / "moved", 2, exact)
+    finish(launch(config, tmp_path / "moved", 3, exact))
+    moved, straight = losses(tmp_path / "moved"), losses(tmp_path / "straight")
+    assert [step for step, _ in moved] == [step for step, _ in straight]
+    for (step, a), (_, b) in zip(moved, straight, strict=True):
+        assert a == pytest.approx(b, rel=5e-4), step
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_as_many_processes_as_asked(config: Path, tmp_path: Path) -> None:
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    finish(launch(config, tmp_path / "run", 0, launcher=[*launcher, *options]))
+    folder = newest_checkpoint(tmp_path / "run")
+    assert folder is not None
+    assert '"world_size": 2' in (folder / "trainer.json").read_text()
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_one_sentence(config: Path, tmp_path: Path) -> None:
+    process = launch(config, tmp_path / "run", 2, "data.train=/no/where")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "/no/where" in told[0]
