@@ -5,7 +5,7 @@ The heads' own options stand in ``HeadConfig``; which of them an operator takes 
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..configs.load import StrictModel
 from ..pretrain.tracking import TrackingConfig
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "similarity": {},
     "concat": {"width": 256, "dropout": 0.1, "interactions": False},
     "weighted_sum": {"weights": "learned", "dropout": 0.1},
-    "gated": {"width": 256, "dropout": 0.1, "gate": "element", "shared": False},
+    "gated": {"width": 256, "dropout": 0.1, "gate": "element"},
     "bilinear": {"rank": None, "dropout": 0.1},
     "cross": {"width": 128, "dropout": 0.1, "layers": 1, "heads": 4},
     "late": {"rule": "mean"},
@@ -88,8 +88,11 @@ class LabelledDataConfig(StrictModel):
     id: str | None = None
     """Column of unique row names; null numbers the rows."""
     group: str | None = None
-    """Column of groups of rows that belong together (one product, one artwork): they never straddle a split,
-    and intervals resample them. Null takes every row for itself."""
+    """Column of groups of rows that belong together (one product, one concept): intervals resample them.
+    Null takes every row for itself."""
+    group_across_splits: Literal["forbid", "allow"] = "forbid"
+    """Whether a group may stand in several splits. ``forbid`` tests on new groups; ``allow`` is for tests on
+    something else that is new, for instance another vendor's pictures of known concepts."""
     split: str | None = "split"
     """Column with train, val and test; null makes a seeded split by group."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
@@ -137,8 +140,6 @@ class HeadConfig(StrictModel):
     """weighted_sum: learned by softmax, or all equal."""
     gate: Literal["element", "modality"] | None = None
     """gated: a gate per hidden unit, or one per modality."""
-    shared: bool | None = None
-    """gated: one projection for both modalities, for embeddings that live in one space."""
     rank: int | None = Field(default=None, ge=1)
     """bilinear: factors; null takes the embedding's width, where it starts at the inner product."""
     layers: int | None = Field(default=None, ge=1)
@@ -264,13 +265,15 @@ class FinetuneConfig(StrictModel):
     def _fits(self) -> Self:
         both = len(self.data.modalities) > 1
         for name, head in self.heads.items():
+            adapt = self.adapt_of(name)
+            if head.op == "cross" and adapt.method == "lp_ft":
+                raise ValueError(f"heads.{name}: cross reads frozen tokens; set its adapt.method: linear_probe")
             if head.op == "similarity" and self.task.type != "binary":
                 raise ValueError(f"heads.{name}: similarity answers binary tasks alone; remove it")
             if head.op in SINGLE and head.op not in self.data.modalities:
                 raise ValueError(f"heads.{name}: data.modalities has no {head.op}")
             if head.op not in SINGLE and not both:
                 raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
-            self.adapt_of(name)
         if self.eval.calibration == "platt" and self.task.type != "binary":
             raise ValueError("eval.calibration: platt is for binary tasks; use temperature")
         return self
@@ -287,4 +290,10 @@ class FinetuneConfig(StrictModel):
         if unknown:
             known = ", ".join(AdaptConfig.model_fields)
             raise ValueError(f"heads.{name}.adapt: unknown key {sorted(unknown)[0]}; known here: {known}")
-        return AdaptConfig.model_validate(self.adapt.model_dump() | own)
+        try:
+            return AdaptConfig.model_validate(self.adapt.model_dump() | own)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            said = first["msg"][0].lower() + first["msg"][1:]
+            raise ValueError(f"heads.{name}.adapt.{key}: {said}, not {first['input']!r}") from error

@@ -88,9 +88,13 @@ class Head(nn.Module):
             standard.fit(features[k][present[k]])
 
     def filled(self, features: Features, present: Present) -> list[Tensor]:
-        """z~_k [b, D] per modality."""
+        """z~_k [b, D] per modality; zeros for a missing one where the head has no null vectors."""
         return [
-            torch.where(present[k][:, None], self.standard[k](features[k]), self.null[k])
+            torch.where(
+                present[k][:, None],
+                self.standard[k](features[k]),
+                self.null[k] if k in self.null else 0.0,
+            )
             for k in self.modalities
         ]
 
@@ -178,6 +182,7 @@ class WeightedSum(Head):
 
     def __init__(self, widths: Mapping[str, int], outputs: int, config: HeadConfig) -> None:
         super().__init__(widths)
+        self.null = nn.ParameterDict()  # what is missing has no weight
         self.learned = config.weights == "learned"
         if self.learned:
             self.scores = nn.Parameter(torch.zeros(len(widths)))
@@ -200,12 +205,13 @@ class Gated(Head):
     2017, arXiv 1702.01992; for two modalities the softmax is its sigmoid).
 
     g is [b, M, H] (``gate: element``, the paper's) or [b, M, 1] (``gate: modality``); missing modalities get
-    no weight.
+    no weight and enter the gate as zeros.
     """
 
     def __init__(self, widths: Mapping[str, int], outputs: int, config: HeadConfig) -> None:
         super().__init__(widths)
         assert config.width
+        self.null = nn.ParameterDict()  # what is missing has no weight; of two, the other's gate is then 1
         self.project = nn.ModuleList([nn.Linear(w, config.width) for w in widths.values()])
         self.gate_width = config.width if config.gate == "element" else 1
         self.gate = nn.Linear(sum(widths.values()), len(widths) * self.gate_width)

@@ -1,0 +1,142 @@
+"""Features are the encoder's own, computed once per content, and found again only for the same content."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diptych.configs.files import cache_dir
+from diptych.finetune import features as module
+from diptych.finetune.cells import PictureFolder
+from diptych.finetune.config import LabelledDataConfig
+from diptych.finetune.features import encoder_fingerprint, extract
+from diptych.finetune.manifest import Rows, parse_rows
+from diptych.pretrain.model import LoadedModel, load_model
+
+from .labelled import squares
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> LoadedModel:
+    return load_model(squares.make_checkpoint(tmp_path / "checkpoint"))
+
+
+def table(folder: Path, images: list[Any], texts: list[Any]) -> Rows:
+    for name in squares.NAMES[:4]:
+        (folder / f"{name}.png").write_bytes(squares.square(name, 0))
+    wanted = LabelledDataConfig(manifest="x")
+    return parse_rows({"image": images, "text": texts}, wanted, PictureFolder(folder), source="x", target=None)
+
+
+def test_features_are_open_clips_own(tmp_path: Path, model: LoadedModel) -> None:
+    names = squares.NAMES[:4]
+    rows = table(tmp_path, [f"{n}.png" for n in names], [f"{n} square" for n in names])
+    images, texts = squares.open_clip_features(tmp_path / "checkpoint", [(n, 0) for n in names])
+    found, broken = extract(model, rows)
+    features, present = found.batch(torch.arange(4))
+    assert not broken
+    assert present["image"].all()
+    torch.testing.assert_close(features["image"], images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features["text"], texts, atol=1e-5, rtol=0)
+
+
+def test_token_features_lie_in_the_joint_space(tmp_path: Path, model: LoadedModel) -> None:
+    """The end-of-text token's is the text feature; for a tower without class token the mean would be too."""
+    names = squares.NAMES[:3]
+    rows = table(tmp_path, [f"{n}.png" for n in names], [f"{n} square" * (1 + i) for i, n in enumerate(names)])
+    found, _ = extract(model, rows, tokens=True)
+    features, _ = found.batch(torch.arange(3), tokens=True)
+    assert features["image_tokens"].shape == (3, 4, 24)
+    mask = features["text_mask"]
+    assert mask.shape[1] == int(mask.sum(1).max())
+    last = features["text_tokens"][torch.arange(3), mask.sum(1) - 1].float()
+    own = torch.nn.functional.normalize(last, dim=1)
+    torch.testing.assert_close(own, features["text"], atol=2e-3, rtol=0)
+    narrow, _ = found.batch(torch.tensor([0]), tokens=True)
+    assert narrow["text_mask"].shape[1] == int(mask[0].sum())
+
+
+def test_equal_items_are_encoded_once_and_missing_ones_never(tmp_path: Path, model: LoadedModel) -> None:
+    rows = table(tmp_path, ["red.png", None, "red.png", "blue.png"], ["x", "x", None, "x"])
+    found, _ = extract(model, rows)
+    assert len(found.tables["image"]) == 2
+    assert len(found.tables["text"]) == 1
+    features, present = found.batch(torch.arange(4))
+    assert present["image"].tolist() == [True, False, True, True]
+    assert present["text"].tolist() == [True, True, False, True]
+    assert torch.equal(features["image"][0], features["image"][2])
+    assert features["image"][1].abs().sum() == features["text"][2].abs().sum() == 0
+    nothing, _ = extract(model, table(tmp_path, [None, None], ["a", "b"]), tokens=True)
+    features, present = nothing.batch(torch.arange(2), tokens=True)
+    assert not present["image"].any()
+    assert features["image_tokens"].shape == (2, 4, 24)
+
+
+def test_broken_pictures_are_named_by_row(tmp_path: Path, model: LoadedModel) -> None:
+    (tmp_path / "cut.png").write_bytes(squares.square("red", 0)[:60])
+    rows = table(tmp_path, ["red.png", "cut.png", "absent.png", "cut.png"], ["x"] * 4)
+    for _ in range(2):  # also from the cache
+        _, broken = extract(model, rows, fingerprint="f")
+        assert sorted(broken) == [1, 2, 3]
+        assert "damaged" in broken[1]
+        assert broken[1] == broken[3]
+        assert "no such file" in broken[2]
+
+
+def test_a_second_time_nothing_is_encoded_unless_the_content_changed(
+    tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    original = LoadedModel.encode_images
+
+    def counted(self: LoadedModel, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+        encoded.append(len(images))
+        return original(self, images, batch_size)
+
+    monkeypatch.setattr(LoadedModel, "encode_images", counted)
+    key = encoder_fingerprint(model)
+    rows = table(tmp_path, ["red.png", "blue.png"], ["a", "b"])
+    first, _ = extract(model, rows, fingerprint=key)
+    again, _ = extract(model, rows, fingerprint=key)
+    assert encoded == [2]
+    assert torch.equal(first.tables["image"], again.tables["image"])
+    extract(model, table(tmp_path, ["blue.png", "red.png"], ["a", "b"]), fingerprint=key)  # another order
+    (tmp_path / "red.png").write_bytes(squares.square("plum", 99))  # other pixels behind the same path
+    changed, _ = extract(model, rows, fingerprint=key)
+    assert encoded == [2, 2, 2]
+    assert not torch.equal(changed.tables["image"], first.tables["image"])
+    extract(model, rows, fingerprint=None)
+    assert encoded[3:] == [2]
+    assert not list((cache_dir() / "features").glob(".*"))
+
+
+def test_the_encoders_fingerprint_depends_on_every_weight_and_on_the_preprocessing(
+    tmp_path: Path, model: LoadedModel
+) -> None:
+    key = encoder_fingerprint(model)
+    assert encoder_fingerprint(load_model(tmp_path / "checkpoint")) == key
+    for parameter in (next(model.clip.visual.parameters()), model.clip.text.text_projection):
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-3  # type: ignore[operator, union-attr]
+        assert encoder_fingerprint(model) != key
+        key = encoder_fingerprint(model)
+    model.config["preprocess_cfg"]["interpolation"] = "bilinear"
+    assert encoder_fingerprint(model) != key
+
+
+def test_an_interrupted_write_leaves_no_entry(
+    tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    rows = table(tmp_path, ["red.png"], ["a"])
+    monkeypatch.setattr(module.np, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, rows, fingerprint="f")
+    assert not list((cache_dir() / "features").iterdir())
+    monkeypatch.undo()
+    found, _ = extract(model, rows, fingerprint=None)
+    assert np.isfinite(found.tables["image"].numpy()).all()
