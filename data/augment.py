@@ -12,9 +12,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..configs.load import StrictModel
-from .decode import resize
 
 __all__ = ["AugmentConfig", "least_side", "train_image"]
 
@@ -78,7 +78,7 @@ def train_image(image: Tensor, image_size: int, augment: AugmentConfig, rng: Gen
     if augment.margin:
         image = _on_paper(image, augment.margin, draws[_MARGIN])
     top, left, height, width = _crop_box(image.shape[1], image.shape[2], augment, draws[_CROP])
-    image = resize(image[:, top : top + height, left : left + width], image_size, image_size)
+    image = _resize(image[:, top : top + height, left : left + width], image_size)
     flip, jitter, grey = draws[_CHANCES]
     if flip < augment.hflip:
         image = image.flip(2)
@@ -128,6 +128,14 @@ def _crop_box(
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """Bicubic and antialiased, on uint8: the fastest kernel on a CPU, within two steps of 255 of Pillow's."""
+    if tuple(image.shape[1:]) == (size, size):
+        return image
+    # what torchvision.transforms.v2.functional.resize runs, without its 20 microseconds of dispatch
+    return F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0]
 
 
 def _colour_map(
