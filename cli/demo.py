@@ -149,7 +149,10 @@ def _run(step: Step) -> float:
     from ..configs.errors import UserError
 
     begun = time.monotonic()
-    code = _wait([sys.executable, "-m", step.module, *step.command])
+    environment = dict(os.environ)
+    if step.module == "torch.distributed.run":
+        environment.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it does so
+    code = _wait([sys.executable, "-m", step.module, *step.command], environment)
     if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
@@ -165,10 +168,10 @@ def _run(step: Step) -> float:
     return time.monotonic() - begun
 
 
-def _wait(command: Sequence[str]) -> int:
+def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
     """The exit code of a command. On Ctrl-C the terminal has told the command too, and it gets time to save;
     SIGTERM is passed on."""
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, env=environment) as process:
         old = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
         try:
             return process.wait()
