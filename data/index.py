@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,13 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
+from .image_header import FORMATS, MAX_IMAGE_BYTES
 
 __all__ = [
     "CAPTION_IN_JSON",
     "HEADER",
     "MANIFEST",
+    "MAX_TEXT_BYTES",
     "OK",
     "REASONS",
     "RECORD",
@@ -35,6 +37,7 @@ __all__ = [
     "idx_path",
     "index_bytes",
     "key_hash",
+    "load_json",
     "make_row",
     "map_index",
     "read_manifest",
@@ -45,6 +48,8 @@ __all__ = [
 MAGIC, VERSION = b"DIPTYIDX", 1
 MANIFEST = "manifest.jsonl"
 SIZES = "sizes.json"
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""Captions and JSON with more bytes are refused before reading."""
 
 HEADER = np.dtype(
     [
@@ -96,6 +101,17 @@ def text_hash(caption: bytes, meta: bytes) -> int:
     return xxh3_64_intdigest(caption + meta)
 
 
+def load_json(data: bytes) -> dict[str, Any]:
+    """A sample's JSON; ValueError if it is no object."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return cast("dict[str, Any]", value)
+
+
 def idx_path(shard: Path) -> Path:
     """``00000.idx`` for ``00000.tar``."""
     return shard.with_suffix(".idx")
@@ -130,11 +146,25 @@ class Index:
         """Whether it is, byte for byte, the index that a manifest's row names."""
         return xxh3_64_hexdigest(self.raw.data) == row.idx_xxh3
 
+    def is_sound(self) -> bool:
+        """Whether all that the usable records point to lies inside the shard and is of a size to be read; an
+        index from elsewhere may claim anything."""
+        usable = self.records[(self.records["flags"] & OK) > 0]
+        end = np.uint64(self.header["shard_bytes"])
+        sound = (usable["image_size"] > 0) & (usable["format"] > 0) & (usable["format"] < len(FORMATS))
+        for part, most in (("image", MAX_IMAGE_BYTES), ("caption", MAX_TEXT_BYTES), ("json", MAX_TEXT_BYTES)):
+            offset, size = usable[f"{part}_offset"], usable[f"{part}_size"]
+            sound &= (size <= most) & (offset <= end) & (size <= end - np.minimum(offset, end))
+        return bool(sound.all())
+
     def key(self, record: int) -> str:
         """The key of record number ``record``."""
-        start = int(self.records["key_offset"][record])
-        end = start + int(self.records["key_size"][record])
-        return self.key_block[start:end].tobytes().decode("utf-8", "surrogateescape")
+        row = self.records[record]
+        return self.key_at(int(row["key_offset"]), int(row["key_size"]))
+
+    def key_at(self, offset: int, size: int) -> str:
+        """The key in these bytes of the key block."""
+        return self.key_block[offset : offset + size].tobytes().decode("utf-8", "surrogateescape")
 
     def keys(self) -> list[str]:
         """The keys of all records, the unusable ones too."""
@@ -149,7 +179,7 @@ def map_index(path: Path) -> Index:
     """Map an ``.idx``; UserError if it is missing or not whole."""
     mend = f"index the folder again with `diptych data index {path.parent} --overwrite`"
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # the plain view is faster
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {mend}") from error
     except ValueError as error:  # empty file

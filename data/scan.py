@@ -1,22 +1,29 @@
 """What a tar holds, sample by sample, read once: the ground that indexing and verifying share."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from .image_header import EXTENSIONS, FORMATS, MAX_IMAGE_BYTES, MAX_PIXELS, HeaderError, read_header
-from .index import CAPTION_IN_JSON, OK, REASONS, RECORD, ROTATED, text_hash
-from .shards import MAX_TEXT_BYTES
+from .index import (
+    CAPTION_IN_JSON,
+    MAX_TEXT_BYTES,
+    OK,
+    REASONS,
+    RECORD,
+    ROTATED,
+    load_json,
+    text_hash,
+)
 from .tars import Member, TarReader
 
-__all__ = ["Finding", "ShardScan", "load_json", "scan_shard"]
+__all__ = ["Finding", "ShardScan", "scan_shard"]
 
 TEXTS = ("txt", "json")
 
@@ -56,17 +63,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     if found is None or re.match(r"__[^/]*__($|/)", name):
         return None
     return found[1], found[2].lower()
-
-
-def load_json(data: bytes) -> dict[str, Any]:
-    """A sample's JSON; ValueError if it is no object."""
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("it is no object")
-    return cast("dict[str, Any]", value)
 
 
 Check = Callable[[bytes], tuple[str, str] | None]

@@ -31,20 +31,23 @@ def write_sheet(folder: str | Path, path: str | Path, *, count: int = 24) -> Pat
     shards = open_shards(folder)
     chosen = np.unique(np.linspace(0, len(shards) - 1, min(max(count, 1), len(shards))).round().astype(int))
     tiles = [tile for sample_id in chosen if (tile := _tile(shards, int(sample_id))) is not None]
-    height = TILE + LINE * (LINES + 1) + 8
+    font, small = ImageFont.load_default(12), ImageFont.load_default(10)
+    texts = [wrap(caption, lambda text: font.getlength(text) <= TILE) for _, caption, _ in tiles]
+    lines = max(map(len, texts), default=1)
+    height = TILE + LINE * (lines + 1) + 8
     rows = -(-max(len(tiles), 1) // PER_ROW)
     columns = min(max(len(tiles), 1), PER_ROW)
     sheet = Image.new("RGB", (columns * (TILE + GAP) + GAP, rows * (height + GAP) + GAP), PAPER)
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(12), ImageFont.load_default(10)
-    for number, (picture, caption, key) in enumerate(tiles):
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, _, key) in enumerate(tiles):
         x = GAP + number % PER_ROW * (TILE + GAP)
         y = GAP + number // PER_ROW * (height + GAP)
         draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=CARD)
         sheet.paste(picture, (x + (TILE - picture.width) // 2, y + (TILE - picture.height) // 2))
-        for line, text in enumerate(wrap(caption, lambda text: draw.textlength(text, font=font) <= TILE)):
+        for line, text in enumerate(texts[number]):
             draw.text((x, y + TILE + 5 + LINE * line), text, fill=INK, font=font)
-        name = wrap(key, lambda text: draw.textlength(text, font=small) <= TILE, 1)[0]
-        draw.text((x, y + TILE + 6 + LINE * LINES), name, fill=SOFT, font=small)
+        name = wrap(key, lambda text: small.getlength(text) <= TILE, 1)[0]
+        draw.text((x, y + TILE + 6 + LINE * lines), name, fill=SOFT, font=small)
     with temporary_beside(path) as temporary:
         sheet.save(temporary, format="PNG")
     return path

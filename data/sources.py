@@ -16,7 +16,7 @@ from typing import Any
 
 from ..configs.errors import UserError
 from .image_header import EXTENSIONS, MAX_IMAGE_BYTES
-from .scan import load_json
+from .index import load_json
 
 __all__ = ["BadRow", "Columns", "Row", "SourceRow", "open_source", "read_inside"]
 

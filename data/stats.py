@@ -16,6 +16,7 @@ from .shards import DamagedSample, ShardSet, open_shards
 __all__ = ["shard_stats"]
 
 READ = 20_000  # samples whose texts are read; the rest is known from the index
+DISTINCT = 1000  # values of a field that are told apart
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 SIZE_EDGES = (0, 64, 128, 224, 256, 384, 512, 1024, 2048)
 LENGTH_EDGES = (0, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -87,8 +88,9 @@ def _texts(shards: ShardSet, progress: Progress) -> dict[str, Any]:
             captions[raw.caption] += 1
             for name, value in raw.meta.items():
                 fields[name] += 1
-                if isinstance(value, str | int | bool) and len(values.setdefault(name, Counter())) <= 1000:
-                    values[name][str(value)] += 1
+                counted = values.setdefault(name, Counter())
+                if len(counted) <= DISTINCT:
+                    counted.update(str(item) for item in _items(value))
             advance(1)
     n = len(words)
     return {
@@ -100,10 +102,16 @@ def _texts(shards: ShardSet, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _items(value: Any) -> list[Any]:
+    """What of a JSON value is counted: itself, or a list's members; nothing of what is empty or deeper."""
+    items: list[Any] = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, str | int | float) and item != ""]
+
+
 def _field(count: int, n: int, values: Counter[str] | None) -> dict[str, Any]:
     """How often a field of the JSON is there, how many values it has, and its commonest ones."""
     out: dict[str, Any] = {"in": round(count / max(n, 1), 4)}
     if values:
-        out["distinct"] = len(values) if len(values) <= 1000 else "more than 1000"
+        out["distinct"] = len(values) if len(values) <= DISTINCT else f"more than {DISTINCT}"
         out["commonest"] = {value[:60]: times for value, times in values.most_common(3)}
     return out

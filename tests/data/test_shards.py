@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from diptych.configs.errors import UserError
 from diptych.data.index import OK, RECORD
@@ -311,6 +311,30 @@ def test_an_index_that_is_not_the_manifests_is_refused(tmp_path: Path, damage: A
     shards.read(0)
     with pytest.raises(UserError, match=words):
         shards.read(4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_offset", 2**63),
+        ("image_offset", 2**64 - 20),
+        ("image_size", 2**31),
+        ("image_size", 0),
+        ("caption_offset", 10**6),
+        ("json_size", 2**30),
+        ("format", 9),
+        ("format", 0),
+    ],
+)
+def test_a_false_index_cannot_lead_out_of_its_tar(tmp_path: Path, field: str, value: int) -> None:
+    write(tmp_path, samples(3))
+    path = tmp_path / "00000.idx"
+    data = bytearray(path.read_bytes())
+    np.frombuffer(data, dtype=RECORD, count=3, offset=64)[field][1] = value
+    path.write_bytes(data)
+    spoil_manifest(tmp_path, idx_xxh3=xxh3_64_hexdigest(bytes(data)))
+    with pytest.raises(UserError, match="points outside of"):
+        open_shards(tmp_path).read(0)
 
 
 def test_an_absent_or_empty_folder_names_the_mend(tmp_path: Path) -> None:

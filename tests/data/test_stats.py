@@ -32,7 +32,7 @@ def test_figures_are_those_of_the_samples(tmp_path: Path) -> None:
         )
         for i in range(5)
     ]
-    content.append(("copy", content[0][1], "png", "word", {"a": "y", "deep": ["1"]}))
+    content.append(("copy", content[0][1], "png", "word", {"a": "y", "deep": ["1", "2", "", {}, "1"]}))
     write(tmp_path, content)
     got = shard_stats(tmp_path)
     assert (got["samples"], got["shards"], got["left_out"], got["formats"]) == (6, 2, 0, {"png": 6})
@@ -49,7 +49,11 @@ def test_figures_are_those_of_the_samples(tmp_path: Path) -> None:
     assert got["repeated_captions"]["count"] == 1
     assert got["repeated_keys"]["count"] == 0
     assert got["json"]["a"] == {"in": 1.0, "distinct": 2, "commonest": {"x": 5, "y": 1}}
-    assert got["json"]["deep"] == {"in": pytest.approx(1 / 6, abs=1e-4)}
+    assert got["json"]["deep"] == {
+        "in": pytest.approx(1 / 6, abs=1e-4),
+        "distinct": 2,
+        "commonest": {"1": 2, "2": 1},
+    }
 
 
 def test_samples_that_were_left_out_are_not_counted(tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_the_sheet_shows_the_pictures_in_order(tmp_path: Path) -> None:
     first = path.read_bytes()
     sheet = opened(path)
     for number, colour in enumerate(colours):
-        x, y = 12 + number % 6 * 156 + 72, 12 + number // 6 * (144 + 60 + 8 + 12) + 72
+        x, y = 12 + number % 6 * 156 + 72, 12 + number // 6 * (144 + 2 * 15 + 8 + 12) + 72
         assert sheet.getpixel((x, y)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
     assert write_sheet(tmp_path / "shards", path).read_bytes() == first
     small = opened(write_sheet(tmp_path / "shards", tmp_path / "two.png", count=2))
