@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 
 from diptych.data.shards import ShardWriter
@@ -76,6 +75,8 @@ def member_offsets(path: Path) -> dict[str, tuple[int, int]]:
 
 def by_webdataset(urls: list[str]) -> list[dict[str, Any]]:
     """The samples of tars as webdataset's own reader gives them."""
+    import webdataset  # brings torch along, which processes started by tests do without
+
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ json_values = st.recursive(
 
 
 @WEBDATASET
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.lists(
         st.tuples(
@@ -199,24 +200,16 @@ def test_pickled_shards_read_the_same(tmp_path: Path) -> None:
     assert as_dict(again.read(6)) == as_dict(shards.read(6))
 
 
-def read_in_child(shards: ShardSet, ids: list[int], queue: Any) -> None:
-    queue.put([shards.read(sample_id).caption for sample_id in ids])
-
-
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_read_the_same_shards(tmp_path: Path, method: str) -> None:
     write(tmp_path, samples(12))
     shards = open_shards(tmp_path)
     shards.read(0)  # files are open before the fork
-    context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    child = context.Process(target=read_in_child, args=(shards, list(range(12)), queue))
-    child.start()
-    mine = [shards.read(sample_id).caption for sample_id in reversed(range(12))]
-    assert queue.get(timeout=60) == mine[::-1]
-    child.join()
-    queue.close()
-    queue.join_thread()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+        theirs = pool.map(shards.read, range(12))
+        mine = [shards.read(sample_id) for sample_id in reversed(range(12))]
+        assert list(theirs) == mine[::-1]
 
 
 def test_threads_read_while_files_are_closed_under_them(
