@@ -109,6 +109,13 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples-per-shard", type=_positive, default=1000, metavar="N", help="default: 1000"
     )
     parser.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        default=0.0,
+        metavar="X",
+        help="hold this share of the images back: makes DIR/train and DIR/val (default: 0)",
+    )
+    parser.add_argument(
         "--max-bad-fraction", type=_fraction, default=0.01, metavar="X",
         help="stop if more of the rows are bad (default: 0.01)",
     )  # fmt: skip
@@ -208,6 +215,7 @@ def build(args: argparse.Namespace) -> int:
         columns=Columns(args.image, args.caption, args.key),
         root=args.root,
         samples_per_shard=args.samples_per_shard,
+        val_fraction=args.val_fraction,
         max_bad_fraction=args.max_bad_fraction,
         decode=not args.no_decode,
         overwrite=args.overwrite,
@@ -217,7 +225,9 @@ def build(args: argparse.Namespace) -> int:
     _print_findings(
         f"{bad['source']}: row {bad['row']}: {bad['reason']}: {bad['detail']}" for bad in report.bad
     )
-    print(f"wrote {report.written} of {report.rows} rows into {report.shards} shards in {report.folder}")
+    for name, made in report.folders.items():
+        where = report.folder / name
+        print(f"wrote {made['samples']} of {report.rows} rows into {made['shards']} shards in {where}")
     if report.bad:
         print(f"left out {len(report.bad)} bad rows, named in {report.folder}/quarantine.jsonl")
     return 0

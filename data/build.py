@@ -3,21 +3,22 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from .foreign import Progress, quiet
 from .image_header import MAX_PIXELS, HeaderError, read_header
 from .index import fingerprint, read_manifest
-from .sources import BadRow, Columns, Row, open_source, read_inside
+from .sources import BadRow, Columns, Row, SourceRow, open_source, read_inside
 from .verify import decode_problem
 from .writer import RefusedSample, ShardWriter
 
@@ -38,8 +39,8 @@ class BuildReport:
     written: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """Bad rows: source, row number, reason, detail."""
-    shards: int = 0
-    fingerprint: str = ""
+    folders: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Samples, shards and fingerprint of each folder of shards: ".", or "train" and "val"."""
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -54,8 +55,7 @@ class BuildReport:
             "written": self.written,
             "bad": len(self.bad),
             "reasons": self.reasons,
-            "shards": self.shards,
-            "fingerprint": self.fingerprint,
+            "folders": self.folders,
         }
 
 
@@ -78,6 +78,7 @@ def build_shards(
     columns: Columns | None = None,
     root: str | Path | None = None,
     samples_per_shard: int = 1000,
+    val_fraction: float = 0.0,
     max_bad_fraction: float = 0.01,
     decode: bool = True,
     overwrite: bool = False,
@@ -87,10 +88,12 @@ def build_shards(
     """Write shards from tables and folders, in the order given; equal sources give equal bytes.
 
     ``root``: image paths must lie inside it and are relative to it; None: each table's folder. ``decode``:
-    decode every image in full, as training will. Keys are the key column's, a folder's paths, or row
-    numbers over all sources. ``build_report.json`` counts and ``quarantine.jsonl`` lists the rows left out.
-    Raises UserError, with no shards written, if more than ``max_bad_fraction`` of the rows are bad or a
-    source cannot be read; ``build_failed.json`` then lists the bad rows.
+    decode every image in full, as training will. ``val_fraction``: make two folders, ``train`` and ``val``,
+    the latter with this share of the images, chosen by their bytes, so that copies never part. Keys are the
+    key column's, a folder's paths, or row numbers over all sources. ``build_report.json`` counts and
+    ``quarantine.jsonl`` lists the rows left out. Raises UserError, with no shards written, if more than
+    ``max_bad_fraction`` of the rows are bad or a source cannot be read; ``build_failed.json`` then lists the
+    bad rows.
     """
     out = Path(out).expanduser()
     report = BuildReport(out, [str(source) for source in sources])
@@ -100,31 +103,38 @@ def build_shards(
     ]
     try:
         with (
-            ShardWriter(out, samples_per_shard=samples_per_shard, overwrite=overwrite) as writer,
+            ExitStack() as writers,
             ThreadPoolExecutor(max(1, workers)) as pool,
             progress("building", 0) as advance,
         ):
+            by_name = {
+                name: writers.enter_context(
+                    ShardWriter(out / name, samples_per_shard=samples_per_shard, overwrite=overwrite)
+                )
+                for name in (("train", "val") if val_fraction else (".",))
+            }
             for source, rows in zip(report.sources, opened, strict=True):
                 while chunk := list(islice(rows, AHEAD)):
-                    ready = pool.map(lambda item: _prepare(item[1], decode), chunk)
-                    for (number, row), image in zip(chunk, ready, strict=True):
-                        report.rows += 1
-                        try:
-                            _write(writer, report, source, row, image)
-                        except (BadRow, RefusedSample) as bad:
-                            _note(report, source, number, bad)
+                    images = list(pool.map(lambda item: _prepare(item[1], decode), chunk))
+                    _write_rows(by_name, val_fraction, report, source, chunk, images)
                     advance(len(chunk))
                     if len(report.bad) >= EARLY:
                         _check_limit(report, max_bad_fraction)
-            report.written = writer.count
+            report.written = sum(writer.count for writer in by_name.values())
             _check_limit(report, max_bad_fraction)
+            if empty := [name for name, writer in by_name.items() if not writer.count]:
+                raise UserError(
+                    f"--val-fraction: {val_fraction} of {report.written} images leaves none for {empty[0]}"
+                )
     except UserError:
         if report.bad:
             out.mkdir(parents=True, exist_ok=True)
             atomic_write_text(out / FAILED, _json(report.to_json() | {"bad_rows": report.bad}))
         raise
-    rows_written = read_manifest(out)
-    report.shards, report.fingerprint = len(rows_written), fingerprint(rows_written)
+    for name, writer in by_name.items():
+        manifest = read_manifest(out / name)
+        samples, shards = writer.count, len(manifest)
+        report.folders[name] = {"samples": samples, "shards": shards, "fingerprint": fingerprint(manifest)}
     (out / FAILED).unlink(missing_ok=True)
     atomic_write_text(out / REPORT, _json(report.to_json()))
     (out / QUARANTINE).unlink(missing_ok=True)
@@ -154,22 +164,31 @@ def _prepare(row: Row | BadRow, decode: bool) -> bytes | BadRow:
     return image if problem is None else BadRow(*problem)
 
 
-def _write(
-    writer: ShardWriter, report: BuildReport, source: str, row: Row | BadRow, image: bytes | BadRow
+def _write_rows(
+    writers: Mapping[str, ShardWriter],
+    val_fraction: float,
+    report: BuildReport,
+    source: str,
+    rows: Sequence[SourceRow],
+    images: Sequence[bytes | BadRow],
 ) -> None:
-    if isinstance(row, BadRow):
-        raise row
-    if isinstance(image, BadRow):
-        raise image
-    key = f"{report.rows:09d}" if row.key is None else row.key
-    if len(report.sources) > 1 and Path(source).is_dir():  # two folders may have pictures of one name
-        key = f"{Path(source).name}/{key}"
-    writer.write(safe_key(key), image, read_header(image).format, row.caption, row.meta)
-
-
-def _note(report: BuildReport, source: str, number: int, bad: BadRow | RefusedSample) -> None:
-    detail = bad.detail if isinstance(bad, BadRow) else str(bad)
-    report.bad.append({"source": source, "row": number, "reason": bad.reason, "detail": detail})
+    """Write rows of one source, and note the bad ones."""
+    for (number, row), image in zip(rows, images, strict=True):
+        report.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if isinstance(image, BadRow):
+                raise image
+            key = f"{report.rows:09d}" if row.key is None else row.key
+            if len(report.sources) > 1 and Path(source).is_dir():  # two folders may have pictures of one name
+                key = f"{Path(source).name}/{key}"
+            held_back = xxh3_64_intdigest(image) < val_fraction * 2**64
+            writer = writers["."] if not val_fraction else writers["val" if held_back else "train"]
+            writer.write(safe_key(key), image, read_header(image).format, row.caption, row.meta)
+        except (BadRow, RefusedSample) as bad:
+            detail = bad.detail if isinstance(bad, BadRow) else str(bad)
+            report.bad.append({"source": source, "row": number, "reason": bad.reason, "detail": detail})
 
 
 def _check_limit(report: BuildReport, max_bad_fraction: float) -> None:

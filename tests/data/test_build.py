@@ -67,7 +67,7 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path: Path, ending: str)
         for i, (name, text) in enumerate(zip(names, texts, strict=True))
     ]
     report = build_shards([table(tmp_path / f"t.{ending}", rows)], tmp_path / "out")
-    assert (report.rows, report.written, report.bad, report.shards) == (4, 4, [], 1)
+    assert (report.rows, report.written, report.bad) == (4, 4, [])
     got = read_all(tmp_path / "out")
     assert [raw.key for raw in got] == ["000000001", "000000002", "000000003", "000000004"]
     assert [raw.caption for raw in got] == texts
@@ -75,7 +75,8 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path: Path, ending: str)
     assert [raw.extension for raw in got] == ["png", "jpg", "webp", "png"]
     assert [raw.meta for raw in got] == [{"image": row["image"], "source": row["source"]} for row in rows]
     stored = json.loads((tmp_path / "out/build_report.json").read_text())
-    assert stored["fingerprint"] == open_shards(tmp_path / "out").fingerprint
+    fingerprint = open_shards(tmp_path / "out").fingerprint
+    assert stored["folders"] == {".": {"samples": 4, "shards": 1, "fingerprint": fingerprint}}
     assert not (tmp_path / "out/quarantine.jsonl").exists()
 
 
@@ -86,6 +87,22 @@ def test_a_rebuild_is_equal_byte_for_byte(tmp_path: Path) -> None:
         build_shards([source], tmp_path / out, samples_per_shard=4, workers=workers)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_share_of_the_images_is_held_back_and_copies_stay_together(tmp_path: Path) -> None:
+    names = pictures(tmp_path, 40)
+    rows = [{"image": name, "caption": f"{time} {name}"} for time in ("first", "again") for name in names]
+    report = build_shards([table(tmp_path / "t.csv", rows)], tmp_path / "out", val_fraction=0.25)
+    train, val = read_all(tmp_path / "out/train"), read_all(tmp_path / "out/val")
+    assert (len(train) + len(val), report.written) == (80, 80)
+    assert 6 <= len(val) <= 36
+    assert {raw.image for raw in train}.isdisjoint({raw.image for raw in val})
+    assert sorted(raw.caption for raw in train + val) == sorted(row["caption"] for row in rows)
+    assert report.folders["val"]["samples"] == len(val)
+    assert report.folders["train"]["fingerprint"] == open_shards(tmp_path / "out/train").fingerprint
+    with pytest.raises(UserError, match="leaves none for train"):
+        build_shards([tmp_path / "t.csv"], tmp_path / "none", val_fraction=1.0)
+    assert list((tmp_path / "none").rglob("*.tar")) == []
 
 
 def test_parquet_holds_bytes_hugging_face_images_and_every_type(tmp_path: Path) -> None:
