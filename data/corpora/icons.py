@@ -222,7 +222,7 @@ def _drawings(
             family=family[prefix],
             caption=one.caption,
             names=one.names,
-            tags=tuple(tag.lower() for tag in emoji.tags) if emoji else (),
+            tags=tuple(tag.lower().replace("’", "'") for tag in emoji.tags) if emoji else (),
             categories=one.icon.categories,
             emoji=emoji.code if emoji else "",
             group=emoji.group if emoji else "",

@@ -169,5 +169,9 @@ def read_text(archive: Path, name: str) -> str:
 def read_json_members(archive: Path, prefix: str) -> Iterator[tuple[str, Any]]:
     """(name, parsed JSON) of every ``.json`` file right inside ``package/<prefix>/``, one at a time."""
     start = f"package/{prefix}/"
-    for name, data in _members(archive, lambda n: n.startswith(start) and n.endswith(".json")):
+
+    def wanted(name: str) -> bool:
+        return name.startswith(start) and name.endswith(".json") and "/" not in name.removeprefix(start)
+
+    for name, data in _members(archive, wanted):
         yield name.removeprefix(start), json.loads(data)

@@ -100,16 +100,10 @@ def split_drawings(drawings: Sequence[Drawing], rules: SplitRules) -> Splits:
     """The split of every drawing; see the head of this module for the rules."""
     held = held_out_words(drawings, rules)
     is_hot = _touches(frozenset(held))
-    hot_captions: set[str] = set()
-    hot_emoji: set[str] = set()
-    for drawing in drawings:
-        if is_hot(drawing.caption) or any(map(is_hot, drawing.names)):
-            hot_captions.add(drawing.caption)
-            if drawing.emoji:
-                hot_emoji.add(drawing.emoji)
+    hot_captions, hot_emoji = _hot_concepts(drawings, is_hot)
     out = Splits({name: [] for name in ("train", "val", "test_vendor", "test_word")}, held, Counter())
     for drawing in drawings:
-        if drawing.caption in hot_captions or (drawing.emoji and drawing.emoji in hot_emoji):
+        if drawing.caption in hot_captions or drawing.emoji in hot_emoji:
             out.by_name["test_word"].append(drawing)
             continue
         cool = replace(
@@ -128,6 +122,20 @@ def split_drawings(drawings: Sequence[Drawing], rules: SplitRules) -> Splits:
             out.by_name["train"].append(cool)
     _remove_lookalikes(out)
     return out
+
+
+def _hot_concepts(drawings: Sequence[Drawing], is_hot: Callable[[str], bool]) -> tuple[set[str], set[str]]:
+    """Captions and emoji of the concepts that a held-out word touches: of drawings with the word in their
+    caption or another name, and of all that share a caption or an emoji with one of these."""
+    captions = {d.caption for d in drawings if is_hot(d.caption) or any(map(is_hot, d.names))}
+    emoji: set[str] = set()
+    grown = True
+    while grown:
+        before = len(captions) + len(emoji)
+        emoji |= {d.emoji for d in drawings if d.emoji and d.caption in captions}
+        captions |= {d.caption for d in drawings if d.emoji in emoji}
+        grown = len(captions) + len(emoji) > before
+    return captions, emoji
 
 
 def _touches(held: frozenset[str]) -> Callable[[str], bool]:
