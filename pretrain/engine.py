@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -50,6 +51,8 @@ def build_accelerator(precision: str, device: torch.device) -> Accelerator:
             "the flag out"
         )
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage] # else a second run in one process keeps the first's precision
+    # 1x1 convolutions on channels-last pixels give gradients that are contiguous but for dimensions of size 1
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Batch norms are synchronised already, so buffers are equal on all ranks and need no broadcast.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision=ours, cpu=device.type == "cpu", kwargs_handlers=[ddp])
