@@ -338,6 +338,19 @@ def test_decoding_can_be_left_out(tmp_path: Path) -> None:
     assert build_shards([source], tmp_path / "out", decode=False).written == 1
 
 
+def test_sidecars_that_are_no_json_and_large_files_are_bad_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "s", 3)
+    for number, text in enumerate(["{", '{"caption": 3}', '{"caption": "fine"}']):
+        (tmp_path / f"s/pics/p{number}.json").write_text(text)
+    report = build_shards([tmp_path / "s"], tmp_path / "out", max_bad_fraction=0.9)
+    assert reasons(report) == [(1, "json"), (2, "caption")]
+    monkeypatch.setattr("diptych.data.sources.MAX_IMAGE_BYTES", 20)
+    with pytest.raises(UserError, match="size 1"):
+        build_shards([tmp_path / "s"], tmp_path / "large")
+
+
 def test_a_fifo_is_no_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "ok.png").write_bytes(picture())

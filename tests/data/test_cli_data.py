@@ -162,6 +162,24 @@ def test_stats_prints_tables_json_and_a_sheet(tmp_path: Path, capsys: pytest.Cap
     assert "wrote" in said
 
 
+def test_trace_prints_the_same_order_for_every_topology(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "shards", samples(30))
+    recipe = str(Path(__file__).parents[2] / "configs/demo/pretrain.yaml")
+    words = [recipe, f"data.train={folder}", "train.global_batch_size=6", "--epoch", "2", "--start", "1"]
+    code, one, _ = run(capsys, "trace", *words)
+    assert code == 0
+    lines = [json.loads(line) for line in one.splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(2, step) for step in range(1, 5)]
+    ids = [i for line in lines for i in line["sample_ids"]]
+    assert len(set(ids)) == len(ids) == 24
+    assert run(capsys, "trace", *words, "--world-size", "3", "--workers", "2")[1] == one
+    assert run(capsys, "trace", *words, "--steps", "1", "seed=5")[1] != one.splitlines()[0] + "\n"
+    code, _, said = run(capsys, "trace", str(tmp_path / "none.yaml"))
+    assert (code, said.count("\n")) == (2, 1)
+
+
 def test_nothing_is_printed_on_standard_output_but_results(tmp_path: Path) -> None:
     """In a real process: bars go to standard error, and vanish where it is no terminal."""
     for shard in range(3):

@@ -197,6 +197,17 @@ def test_large_images_are_left_out(tmp_path: Path) -> None:
     assert problems(index_folder(tmp_path, max_pixels=1199)) == [("0.tar", "a", "size")]
 
 
+def test_members_far_apart_and_large_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [("0.png", picture()), ("0.npy", bytes(50_000)), ("0.txt", b"far"), ("0.json", b'{"n": 1}'),
+               ("1.txt", b"c" * 200), ("1.png", picture(1))]  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    assert index_folder(tmp_path).findings == []
+    raw = open_shards(tmp_path).read(0)
+    assert (raw.image, raw.caption, raw.meta) == (picture(), "far", {"n": 1})
+    monkeypatch.setattr("diptych.data.scan.MAX_TEXT_BYTES", 100)
+    assert problems(index_folder(tmp_path, overwrite=True)) == [("0.tar", "1", "size")]
+
+
 def test_an_empty_tar_beside_others_does_no_harm(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [])
     write_tar(tmp_path / "1.tar", sample_members(samples(2)))

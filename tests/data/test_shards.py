@@ -330,6 +330,41 @@ def test_a_false_index_cannot_lead_out_of_its_tar(tmp_path: Path, field: str, va
         open_shards(tmp_path).read(0)
 
 
+@pytest.mark.parametrize(
+    ("member", "content", "reason"),
+    [
+        ("txt", b"\xff" * 3, "caption"),
+        ("json", b"[1", "json"),
+        ("json", b"[]", "json"),
+        ("json", b"no", "json"),
+    ],
+)
+def test_text_that_cannot_be_read_is_damage_even_where_the_hash_agrees(
+    tmp_path: Path, member: str, content: bytes, reason: str
+) -> None:
+    write(tmp_path, samples(3))
+    tar, path = tmp_path / "00000.tar", tmp_path / "00000.idx"
+    raw, data = bytearray(tar.read_bytes()), bytearray(path.read_bytes())
+    record = np.frombuffer(data, dtype=RECORD, count=3, offset=64)[1]
+    part = {"txt": "caption", "json": "json"}[member]
+    offset = int(record[f"{part}_offset"])
+    raw[offset : offset + len(content)] = content
+    record[f"{part}_size"] = len(content)
+    texts = [bytes(raw[record[f"{p}_offset"] :][: record[f"{p}_size"]]) for p in ("caption", "json")]
+    record["text_xxh3"] = xxh3_64_intdigest(b"".join(texts))
+    tar.write_bytes(raw)
+    path.write_bytes(data)
+    spoil_manifest(tmp_path, idx_xxh3=xxh3_64_hexdigest(bytes(data)))
+    with pytest.raises(DamagedSample) as error:
+        open_shards(tmp_path).read(1)
+    assert error.value.reason == reason
+
+
+def test_a_set_prints_what_it_is(tmp_path: Path) -> None:
+    write(tmp_path, samples(5))
+    assert repr(open_shards(tmp_path)) == f"ShardSet('{tmp_path}': 5 samples in 2 shards)"
+
+
 def test_an_absent_or_empty_folder_names_the_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         open_shards(tmp_path / "no")

@@ -1,5 +1,6 @@
 """Writing shards: the same bytes every time, and whole or absent whatever happens."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -172,6 +173,29 @@ def test_shards_also_end_at_a_number_of_bytes(tmp_path: Path) -> None:
     shards = open_shards(tmp_path)
     assert len(shards.shard_names) > 1
     assert shards.keys() == [sample[0] for sample in samples(6)]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write shards to"), ShardWriter(tmp_path / "file"):
+        pass
+    with pytest.raises(UserError, match="at least 1"):
+        ShardWriter(tmp_path, samples_per_shard=0)
+
+
+def test_large_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.data.writer.MAX_IMAGE_BYTES", 100)
+    with pytest.raises(RefusedSample, match="bytes"):
+        write(tmp_path / "x", samples(1))
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write(tmp_path, samples(3))
+    assert len(open_shards(tmp_path)) == 3
 
 
 def test_nothing_written_is_an_error(tmp_path: Path) -> None:
