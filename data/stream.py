@@ -7,6 +7,8 @@ processes: the loader keeps their batches in order, so the place in the order is
 
 import logging
 import signal
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -116,13 +118,14 @@ class Stream(Iterator[Batch]):
             self._batches = self._start()
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error) and "killed" in str(error):
-                raise UserError(
-                    f"a data worker died ({str(error).splitlines()[0]}); give the machine more memory or "
-                    f"shared memory (/dev/shm), or lower data.workers or data.prefetch"
-                ) from error
-            raise
+        except Exception as error:
+            if (code := _dead_worker(self._batches)) is None:
+                raise
+            self.close()
+            raise UserError(
+                f"a data worker died (exit code {code}); give the machine more memory or shared memory "
+                "(/dev/shm), or lower data.workers or data.prefetch"
+            ) from error
         if isinstance(batch, Failure):
             self.close()
             raise UserError(batch.message)
@@ -136,18 +139,26 @@ class Stream(Iterator[Batch]):
         steps: Any = Steps(self._epoch, self._step, self.steps_per_epoch)
         if self._config.workers == 0:
             return map(maker.__getitem__, steps)
-        loader = DataLoader(
-            maker,
-            batch_size=None,  # an item is a whole batch
-            sampler=steps,
-            num_workers=self._config.workers,
-            prefetch_factor=self._config.prefetch,
-            multiprocessing_context=self._config.start_method,
-            collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
-            pin_memory=self._pin_memory,
-        )
-        return iter(loader)
+        # torch would raise a worker's death wherever the training process is at that moment, which may be in
+        # the middle of a checkpoint or a collective; the loader itself notices, too, when a batch is due
+        handler = signal.getsignal(signal.SIGCHLD)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: meant
+            loader = DataLoader(
+                maker,
+                batch_size=None,  # an item is a whole batch
+                sampler=steps,
+                num_workers=self._config.workers,
+                prefetch_factor=self._config.prefetch,
+                multiprocessing_context=self._config.start_method,
+                collate_fn=_unchanged,
+                worker_init_fn=_start_worker,
+                pin_memory=self._pin_memory,
+            )
+            batches = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch that was yielded, as JSON; batches made ahead do not count. It is
@@ -201,6 +212,17 @@ class Stream(Iterator[Batch]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _dead_worker(batches: Any) -> int | None:
+    """The exit code of a worker that has ended, None if all run. One that is dying is waited for."""
+    workers: list[Any] = getattr(batches, "_workers", [])
+    for patience in (0.0, 0.2):
+        for worker in workers:
+            worker.join(patience)
+            if worker.exitcode is not None:
+                return int(worker.exitcode)
+    return None
 
 
 def _unchanged(batch: Any) -> Any:
