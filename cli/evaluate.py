@@ -39,12 +39,18 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..configs.load import load_config
+    from ..pretrain.config import PretrainConfig
     from ..pretrain.evaluate import EvaluateConfig, evaluate
+    from ..pretrain.galleries import run_folder
+    from ..pretrain.tracking import track_evaluation
 
     config = load_config(EvaluateConfig, args.config, args.overrides)
     console = Console() if sys.stdout.isatty() else Console(width=120)  # files and pipes have no width
     result = evaluate(args.checkpoint, config, progress=_progress)
     print_scores(result, console)
+    run = run_folder(args.checkpoint)
+    if run is not None and (run / "config.yaml").is_file():
+        track_evaluation(run, load_config(PretrainConfig, run / "config.yaml").tracking, result)
     return 0
 
 

@@ -8,7 +8,7 @@ one id do not merge there: each start is a W&B run of its own, all in one group 
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ..configs.errors import UserError
 from ..configs.files import atomic_write_bytes, atomic_write_text
 from ..configs.load import StrictModel
 
-__all__ = ["Tracker", "TrackingConfig", "cut_metrics", "read_metrics"]
+__all__ = ["Tracker", "TrackingConfig", "cut_metrics", "read_metrics", "track_evaluation"]
 
 
 class TrackingConfig(StrictModel):
@@ -70,13 +70,6 @@ class Tracker:
             axes = {k: numbers.pop(k) for k in ("step", "samples_seen") if k in numbers}
             self._wandb.log({k if "/" in k else f"{kind}/{k}": v for k, v in numbers.items()} | axes)
 
-    def log_pictures(self, pictures: Mapping[str, Path]) -> None:
-        """Show picture files in W&B."""
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(str(path)) for name, path in pictures.items()})
-
     def finish(self, exit_code: int = 0) -> None:
         """Close everything; may be called twice."""
         self._file.close()
@@ -85,7 +78,33 @@ class Tracker:
             self._wandb = None
 
 
-def _start_wandb(folder: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> Any:
+def track_evaluation(folder: Path, config: TrackingConfig, result: Mapping[str, Any]) -> None:
+    """Send what ``evaluate`` returned for the run in ``folder`` to W&B: a run of kind ``evaluate`` in the
+    training's group, with every score (``retrieval/GALLERY/DIRECTION/R@K``) and the example pictures."""
+    if config.wandb == "off":
+        return
+    import wandb
+
+    run = _start_wandb(folder, config, {"checkpoint": result["checkpoint"]}, kind="evaluate")
+    pictures = {
+        name: wandb.Image(str(Path(result["folder"], file))) for name, file in result["pictures"].items()
+    }
+    parts = {key: result[key] for key in ("retrieval", "zero_shot", "linear_probe")}
+    run.log({**dict(_scores(parts)), **pictures})
+    run.finish()
+
+
+def _scores(part: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, float]]:
+    """Names and values of all scores in a tree of results."""
+    for name, value in part.items():
+        if isinstance(value, Mapping):
+            path = f"{where}/{name}" if where else name
+            yield from [(path, value["value"])] if "value" in value else _scores(value, path)
+
+
+def _start_wandb(
+    folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], kind: str | None = None
+) -> Any:
     """A W&B run whose files lie in ``folder/wandb``; its group is kept in ``folder/wandb_group.txt``."""
     import wandb
 
@@ -99,6 +118,7 @@ def _start_wandb(folder: Path, config: TrackingConfig, run_config: Mapping[str, 
             project=config.project,
             entity=config.entity,
             group=group,
+            job_type=kind,
             name=folder.resolve().name,
             tags=list(config.tags),
             config=dict(run_config),

@@ -9,10 +9,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 from diptych.configs.errors import UserError
 from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors, verify
 from diptych.pretrain.model import load_model
+from diptych.pretrain.tracking import TrackingConfig, track_evaluation
 from diptych.pretrain.train import train
 
 from .train_runs import BATCH, finish, launch, load, losses, make_data, rows, write_config
@@ -147,6 +149,26 @@ def test_wandb_gets_every_row_offline(config: Path, tmp_path: Path) -> None:
     seen = [row for row in history(files[0]) if "train/loss" in row]
     assert [(row["step"], row["train/loss"]) for row in seen] == losses(out)
     assert [row["samples_seen"] for row in seen] == [BATCH * step for step in (1, 2, 3, 4)]
+
+
+def test_an_evaluation_joins_the_training_in_wandb(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    hits = {"R@5": {"value": 0.25, "low": 0.1, "high": 0.4, "chance": 0.01}}
+    result: dict[str, Any] = {
+        "checkpoint": str(tmp_path),
+        "folder": str(tmp_path),
+        "retrieval": {"pets": {"image_to_text": hits, "n_images": 9}},
+        "zero_shot": {"pets/kind": {"accuracy": {"value": 0.5}, "classes": 2}},
+        "linear_probe": {},
+        "pictures": {"retrieval_examples": "grid.png"},
+    }
+    track_evaluation(tmp_path, TrackingConfig(wandb="off"), result)
+    assert not (tmp_path / "wandb").exists()
+    track_evaluation(tmp_path, TrackingConfig(), result)
+    (row,) = history(next((tmp_path / "wandb").glob("offline-run-*/*.wandb")))
+    assert row["retrieval/pets/image_to_text/R@5"] == 0.25
+    assert row["zero_shot/pets/kind/accuracy"] == 0.5
+    assert list((tmp_path / "wandb").rglob("*.png"))
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
