@@ -11,9 +11,10 @@ __all__ = ["NEXT", "summary"]
 
 NEXT = """Next, with your own pictures and captions (a table with the columns image and caption):
 
-  diptych data build my.csv --out shards/mine
-  diptych pretrain configs/demo/pretrain.yaml data.train=shards/mine evaluate.data=null out=runs/mine
-  diptych evaluate runs/mine data=shards/mine-held-out probe.enabled=false"""
+  diptych data build my.csv --out shards/mine --val-fraction 0.1
+  diptych pretrain configs/demo/pretrain.yaml out=runs/mine \\
+    data.train=shards/mine/train evaluate.data=shards/mine/val
+  diptych evaluate runs/mine"""
 
 GALLERIES = (
     ("openmoji_no_people", "a vendor never trained on"),
