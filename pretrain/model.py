@@ -134,6 +134,7 @@ class LoadedModel:
         self.config = open_clip_config(clip)
         self.embed_dim = int(self.config["model_cfg"]["embed_dim"])
         self.image_size = image_size(clip)
+        self.logit_scale = float(clip.logit_scale.detach().exp())
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:

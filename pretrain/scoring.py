@@ -191,7 +191,8 @@ def zero_shot_part(
             bare = zero_shot.class_name_prompts(sorted(found))
             prompts = {name: members.get(name, bare[name]) for name in sorted(found)}
             name = f"{gallery.name}/{target}"
-            _classify(session, gallery, target, name, prompts, result)
+            scale = session.model.logit_scale if config.ensemble == "probability" else None
+            _classify(session, gallery, target, name, prompts, result, logit_scale=scale)
             if config.bare_names:
                 _classify(session, gallery, target, name + " (class names)", bare, result)
 
@@ -203,6 +204,8 @@ def _classify(
     name: str,
     prompts: zero_shot.Prompts,
     result: Json,
+    *,
+    logit_scale: float | None = None,
 ) -> None:
     images = session.gallery(gallery)
     labels = _labels(images.metas, target)
@@ -216,6 +219,7 @@ def _classify(
         [labels[i] for i in rows],
         prompts,
         session.model.encode_captions,
+        logit_scale=logit_scale,
         concepts=concepts[rows],
         samples=session.config.bootstrap,
         seed=session.config.seed,

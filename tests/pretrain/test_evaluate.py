@@ -71,10 +71,17 @@ def test_scores_equal_those_of_open_clips_own_model_and_transform(run: Path) -> 
             (truth[best] == np.arange(12)[:, None]).any(1).mean()
         )
     classes = {f"sub-{i}": [j for j in range(10) if j % 3 == i] for i in range(3)}  # training holds ten names
-    prompts = torch.stack([texts[rows].mean(0) for rows in classes.values()])
-    predicted = (images[:12] @ (prompts / prompts.norm(dim=1, keepdim=True)).T).argmax(1).numpy()
     zero_shot = result["zero_shot"]["openmoji/subgroup"]
+    odds = (images[:12] @ texts[:10].T / 0.07).exp()  # at the initial temperature
+    predicted = torch.stack([odds[:, rows].sum(1) for rows in classes.values()]).argmax(0).numpy()
     assert zero_shot["accuracy"]["value"] == pytest.approx((predicted == np.arange(12) % 3).mean())
+    means = torch.stack([texts[rows].mean(0) for rows in classes.values()])
+    predicted = (images[:12] @ (means / means.norm(dim=1, keepdim=True)).T).argmax(1).numpy()
+    quick = QUICK.model_copy(
+        update={"zero_shot": ZeroShotConfig(galleries=("openmoji",), ensemble="embedding")}
+    )
+    got = evaluate(run, quick)["zero_shot"]["openmoji/subgroup"]["accuracy"]["value"]
+    assert got == pytest.approx((predicted == np.arange(12) % 3).mean())
     assert zero_shot["accuracy"]["majority"] == pytest.approx(1 / 3)
     assert (zero_shot["classes"], zero_shot["prompts"], zero_shot["n"]) == (3, 10, 12)
     assert "openmoji/subgroup (class names)" in result["zero_shot"]

@@ -17,6 +17,7 @@ from diptych.pretrain.zero_shot import (
     class_features,
     class_name_prompts,
     member_prompts,
+    most_probable,
     read_classes,
     zero_shot_scores,
 )
@@ -60,6 +61,19 @@ def test_accuracy_chance_and_majority_are_those_of_a_hand_count() -> None:
     assert got["accuracy"].chance == pytest.approx(1 / 3)
     assert got["accuracy"].majority == pytest.approx(2 / 5)
     assert (got["classes"], got["n"], got["prompts"]) == (3, 5, 3)
+
+
+def test_the_most_probable_class_has_the_largest_sum_of_its_captions_probabilities() -> None:
+    prompts = {"a": ["one", "two", "five"], "b": ["three"], "c": ["four", "six"]}
+    images = F.normalize(torch.randn(30, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+    got = most_probable(images, prompts, encode, 20.0)
+    features = np.array([encode([t])[0].double().numpy() for texts in prompts.values() for t in texts])
+    odds = np.exp(20 * images.double().numpy() @ features.T)
+    sums = np.stack([odds[:, :3].sum(1), odds[:, 3], odds[:, 4:].sum(1)], 1)
+    assert got.tolist() == sums.argmax(1).tolist()
+    assert len(set(got.tolist())) == 3
+    accuracy = zero_shot_scores(images, ["abc"[i] for i in got], prompts, encode, logit_scale=20.0)
+    assert accuracy["accuracy"].value == 1
 
 
 def test_the_order_of_classes_and_shared_prompts_change_nothing() -> None:
