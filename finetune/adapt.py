@@ -18,7 +18,7 @@ from ..pretrain.optim import clip_gradients, decays, set_lr
 from ..pretrain.schedule import ScheduleConfig, lr_at
 from .cells import Picture, PictureReader
 from .config import AdaptConfig, HeadConfig, StoppingConfig
-from .features import read_pixels
+from .encoding import read_pixels
 from .fusion import Head, build_head
 from .tasks import Floats, Task, calibrate, higher_is_better, log_loss, metric_value
 

@@ -116,9 +116,5 @@ class PictureReader:
             raise BrokenPicture((error.strerror or str(error)).lower()) from error
 
     def fingerprint(self, picture: Picture) -> str:
-        """A hash of the content: of the bytes, or of the shard folder's fingerprint and the key."""
-        if picture.key is not None:
-            assert picture.path is not None
-            content = f"{self._shards(picture.path).fingerprint}#{picture.key}".encode()
-            return hashlib.sha256(content).hexdigest()
+        """sha256 of the picture's bytes, wherever they are; BrokenPicture if they cannot be had."""
         return hashlib.sha256(self.read(picture)).hexdigest()

@@ -267,7 +267,9 @@ class FinetuneConfig(StrictModel):
         for name, head in self.heads.items():
             adapt = self.adapt_of(name)
             if head.op == "cross" and adapt.method == "lp_ft":
-                raise ValueError(f"heads.{name}: cross reads frozen tokens; set its adapt.method: linear_probe")
+                raise ValueError(
+                    f"heads.{name}: cross reads frozen tokens; set its adapt.method: linear_probe"
+                )
             if head.op == "similarity" and self.task.type != "binary":
                 raise ValueError(f"heads.{name}: similarity answers binary tasks alone; remove it")
             if head.op in SINGLE and head.op not in self.data.modalities:

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,19 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..configs.files import cache_dir, fsync_folder
-from ..data.decode import DecodeError, eval_image
 from ..pretrain.model import LoadedModel
 from .cells import BrokenPicture, Picture, PictureReader
+from .encoding import Arrays, encode_pictures, encode_texts
 from .manifest import Rows
-from .tokens import image_tokens, text_tokens
 
-__all__ = ["FeatureRows", "Progress", "encoder_fingerprint", "extract", "read_pixels", "silent"]
+__all__ = ["FeatureRows", "Progress", "encoder_fingerprint", "extract", "silent"]
 
-Arrays = dict[str, NDArray[Any]]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """``with progress(what, total) as advance: advance(done)``."""
-VERSION = 1  # of what is stored; part of every entry's name
-TEXT_BATCH = 1024
+VERSION = 3  # of what is stored; part of every entry's name
 
 
 def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -120,39 +117,46 @@ def extract(
     tables: dict[str, Tensor] = {}
     index: dict[str, Tensor] = {}
     broken: dict[int, str] = {}
-    reasons: dict[int, str] = {}
     if "image" in rows.modalities:
         pictures, of_row = _distinct(rows.images)
         reader = PictureReader()
 
-        def encode_pictures(want_tokens: bool) -> Arrays:
+        def from_pictures() -> Arrays:
             with progress("encoding pictures", len(pictures)) as advance:
-                batches = _picture_batches(model, pictures, reader, batch_size, max_pixels, want_tokens)
-                return _collect(batches, advance)
+                return encode_pictures(
+                    model,
+                    pictures,
+                    reader,
+                    tokens=tokens,
+                    batch_size=batch_size,
+                    max_pixels=max_pixels,
+                    advance=advance,
+                )
 
-        content = [_picture_content(reader, picture) for picture in pictures]
-        for kind in ("image", "image_tokens")[: 1 + tokens]:
-            arrays = _kept(
-                kind, fingerprint, content, lambda kind=kind: encode_pictures(kind == "image_tokens")
-            )
-            tables[kind] = _tensor(arrays["features"])
-            reasons = {i: r for i, r in enumerate(arrays["broken"].tolist()) if r}
+        content = [_picture_content(reader, picture) for picture in pictures] if fingerprint else []
+        arrays = _kept("image", tokens, fingerprint, content, from_pictures)
+        _add(tables, "image", arrays)
         index["image"] = torch.from_numpy(of_row)
+        reasons = {i: str(reason) for i, reason in enumerate(arrays["broken"].tolist()) if reason}
         broken = {row: reasons[item] for row, item in enumerate(of_row) if item in reasons}
     if "text" in rows.modalities:
         texts, of_row = _distinct(rows.texts)
 
-        def encode_texts(want_tokens: bool) -> Arrays:
+        def from_texts() -> Arrays:
             with progress("encoding texts", len(texts)) as advance:
-                return _collect(_text_batches(model, texts, want_tokens), advance)
+                return encode_texts(model, texts, tokens=tokens, advance=advance)
 
-        for kind in ("text", "text_tokens")[: 1 + tokens]:
-            arrays = _kept(kind, fingerprint, texts, lambda kind=kind: encode_texts(kind == "text_tokens"))
-            tables[kind] = _tensor(arrays["features"])
-            if kind == "text_tokens":
-                tables["text_mask"] = torch.from_numpy(np.array(arrays["mask"]))
+        _add(tables, "text", _kept("text", tokens, fingerprint, texts, from_texts))
         index["text"] = torch.from_numpy(of_row)
     return FeatureRows(tables, index), broken
+
+
+def _add(tables: dict[str, Tensor], modality: str, arrays: Arrays) -> None:
+    """Put an entry's arrays among the tables, in memory."""
+    names = {"features": modality, "tokens": f"{modality}_tokens", "mask": f"{modality}_mask"}
+    for name, table in names.items():
+        if name in arrays:
+            tables[table] = torch.from_numpy(np.array(arrays[name]))
 
 
 def _distinct(items: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
@@ -162,11 +166,6 @@ def _distinct(items: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
     return list(number), np.array(of_row, dtype=np.int64)
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """The array in memory, writable, as float32 or what it is."""
-    return torch.from_numpy(np.array(array))
-
-
 def _picture_content(reader: PictureReader, picture: Picture) -> str:
     try:
         return reader.fingerprint(picture)
@@ -174,95 +173,27 @@ def _picture_content(reader: PictureReader, picture: Picture) -> str:
         return f"broken: {error}"
 
 
-def read_pixels(
-    model: LoadedModel, pictures: Sequence[Picture], reader: PictureReader, max_pixels: int
-) -> tuple[Tensor, list[str]]:
-    """uint8 [n, 3, S, S], preprocessed as the model wants it, and why a picture is broken ("" if it is not;
-    broken ones are white)."""
-    preprocess, size = model.config["preprocess_cfg"], model.image_size
-    pixels = torch.full((len(pictures), 3, size, size), 255, dtype=torch.uint8)
-    reasons = [""] * len(pictures)
-    for i, picture in enumerate(pictures):
-        try:
-            pixels[i] = eval_image(
-                reader.read(picture),
-                size,
-                resize_mode=preprocess["resize_mode"],
-                interpolation=preprocess["interpolation"],
-                fill_color=preprocess["fill_color"],
-                max_pixels=max_pixels,
-            )
-        except (BrokenPicture, DecodeError) as error:
-            reasons[i] = " ".join(str(error).split())[:200]
-    return pixels, reasons
-
-
-def _picture_batches(
-    model: LoadedModel,
-    pictures: Sequence[Picture],
-    reader: PictureReader,
-    batch_size: int,
-    max_pixels: int,
-    tokens: bool,
-) -> Generator[Arrays]:
-    size = model.image_size
-    for start in range(0, len(pictures), batch_size):
-        pixels, reasons = read_pixels(model, pictures[start : start + batch_size], reader, max_pixels)
-        features = image_tokens(model, pixels).half() if tokens else model.encode_images(pixels, batch_size)
-        yield {"features": features.cpu().numpy(), "broken": np.array(reasons, dtype="U200")}
-    if not pictures:
-        features = (
-            image_tokens(model, torch.zeros(1, 3, size, size, dtype=torch.uint8)).half() if tokens else None
-        )
-        empty = torch.zeros(0, model.embed_dim) if features is None else features[:0].cpu()
-        yield {"features": empty.numpy(), "broken": np.array([], dtype="U200")}
-
-
-def _text_batches(model: LoadedModel, texts: Sequence[str], tokens: bool) -> Generator[Arrays]:
-    if not tokens:
-        for start in range(0, max(1, len(texts)), TEXT_BATCH):
-            part = list(texts[start : start + TEXT_BATCH])
-            yield {"features": model.encode_captions(part).numpy(), "done": np.zeros(len(part), np.bool_)}
-        return
-    longest = 1
-    parts: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, max(1, len(texts)), TEXT_BATCH):
-        got, mask = text_tokens(model, list(texts[start : start + TEXT_BATCH]) or [""])
-        keep = slice(0, len(texts) - start)
-        parts.append((got[keep].half().cpu(), mask[keep].cpu()))
-        longest = max(longest, mask.shape[1])
-    for got, mask in parts:
-        wide = longest - mask.shape[1]
-        yield {
-            "features": torch.nn.functional.pad(got, (0, 0, 0, wide)).numpy(),
-            "mask": torch.nn.functional.pad(mask, (0, wide)).numpy(),
-        }
-
-
-def _collect(batches: Generator[Arrays], advance: Callable[[int], None]) -> Arrays:
-    collected: dict[str, list[NDArray[Any]]] = {}
-    for batch in batches:
-        for name, array in batch.items():
-            collected.setdefault(name, []).append(array)
-        advance(len(batch["features"]))
-    return {name: np.concatenate(arrays) for name, arrays in collected.items()}
-
-
 def _kept(
-    kind: str, fingerprint: str | None, content: Sequence[str], compute: Callable[[], Arrays]
+    kind: str,
+    tokens: bool,
+    fingerprint: str | None,
+    content: Sequence[str],
+    compute: Callable[[], Arrays],
 ) -> Arrays:
-    """The arrays of an entry, memory-mapped from the cache, made first if they are not there."""
+    """The arrays of an entry, memory-mapped from the cache, made first if they are not there. An entry with
+    tokens also serves where none are asked for."""
     if fingerprint is None:
         return compute()
     digest = hashlib.sha256(json.dumps([VERSION, kind, fingerprint]).encode())
     for item in content:
         digest.update(hashlib.sha256(item.encode("utf-8", "surrogatepass")).digest())
-    folder = cache_dir() / "features" / f"{kind}-{digest.hexdigest()[:32]}"
+    plain = cache_dir() / "features" / f"{kind}-{digest.hexdigest()[:32]}"
+    full = plain.with_name(plain.name + "-tokens")
+    folder = full if tokens or full.is_dir() else plain
     if not folder.is_dir():
         _write_entry(folder, compute())
-    return {
-        path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))
-    }
+    files = sorted(folder.glob("*.npy"))
+    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in files}
 
 
 def _write_entry(folder: Path, arrays: Arrays) -> None:

@@ -89,14 +89,12 @@ class Head(nn.Module):
 
     def filled(self, features: Features, present: Present) -> list[Tensor]:
         """z~_k [b, D] per modality; zeros for a missing one where the head has no null vectors."""
-        return [
-            torch.where(
-                present[k][:, None],
-                self.standard[k](features[k]),
-                self.null[k] if k in self.null else 0.0,
-            )
-            for k in self.modalities
-        ]
+        out: list[Tensor] = []
+        for k in self.modalities:
+            z = self.standard[k](features[k])
+            null = self.null[k] if k in self.null else z.new_zeros(())
+            out.append(torch.where(present[k][:, None], z, null))
+        return out
 
     def masks(self, present: Present) -> Tensor:
         """m, bool [b, M]."""

@@ -80,6 +80,12 @@ class Session:
         found = {k: self.features.tables.get(f"{k}_tokens") for k in self.rows.modalities}
         return {k: int(t.shape[2]) for k, t in found.items() if t is not None} or None
 
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the tracker, if there was anything to track."""
+        if self.tracker is not None:
+            self.tracker.finish(exit_code)
+            self.tracker = None
+
     def part(self, rows: Ints) -> Part:
         """Rows with their targets."""
         return Part(self.features.take(rows), torch.from_numpy(self.targets[rows]))
@@ -99,10 +105,13 @@ def finetune(
     """
     session = _open(config, progress, say)
     heads = config.all_heads()
-    for name in heads:
-        _train_head(session, name, heads[name], say)
-    if session.tracker is not None:
-        session.tracker.finish()
+    try:
+        for name in heads:
+            _train_head(session, name, heads[name], say)
+    except BaseException:
+        session.finish(exit_code=1)
+        raise
+    session.finish()
     inner = {name: _inner(session, name) for name in heads}
     best, single = _choose(session.task, config, inner)
     _write_run(session, best)

@@ -60,8 +60,9 @@ def headline(result: Mapping[str, Any]) -> str:
     score = {key: 100 * value for key, value in best["metrics"]["accuracy"].items()}
     guessing = f"chance {100 * result['chance']:.1f}, majority {100 * result['majority']:.1f}"
     text = (
-        f"The {result['best']} head, chosen on the inner rows, is right on {score['value']:.1f} % of the "
-        f"{result['n_test']:,} test rows (95 % interval {score['low']:.1f} to {score['high']:.1f}; {guessing})"
+        f"The {result['best']} head, chosen on the inner rows, is right on {score['value']:.1f} % of "
+        f"the {result['n_test']:,} test rows (95 % interval {score['low']:.1f} to {score['high']:.1f}; "
+        f"{guessing})"
     )
     versus = best.get("vs_best_single")
     if versus is None:

@@ -1,14 +1,18 @@
-"""Token features in the joint space: what the towers' own projections make of every token.
+"""Token features for heads that attend: several per picture, and where it is possible in the joint space.
 
-The last layer's tokens live in each tower's own space. The projection that makes the pooled feature also
-maps single tokens where it is linear; then an image token and a text token can be compared from the start (as
+The last layer's tokens live in each tower's own space. The projection that makes the pooled feature also maps
+single tokens where it is token-wise; then a cell of the picture and a word can be compared from the start (as
 FILIP does, Yao et al. 2022, arXiv 2111.07783). Other projections leave the tokens as they are.
+
+A convolutional tower on small pictures may end in a map of one cell. Attention over one key is no attention,
+so the deepest map with at least four cells is taken instead.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -16,18 +20,29 @@ from ..pretrain.model import LoadedModel
 
 __all__ = ["image_tokens", "text_tokens"]
 
+LEAST_CELLS = 4
+
 
 @torch.inference_mode()
 def image_tokens(model: LoadedModel, images: Tensor) -> Tensor:
-    """float32 [n, P, D] (or [n, P, W] where the projection is not linear) of uint8 [n, 3, S, S]."""
-    tokens = model.image_tokens(images)
+    """float32 [n, P, D], or [n, P, W] where the projection is not token-wise, of uint8 [n, 3, S, S]."""
     visual: Any = model.clip.visual
+    trunk: Any = getattr(visual, "trunk", None)
+    tokens = model.image_tokens(images)
     if isinstance(visual, VisionTransformer):
         return tokens if visual.proj is None or visual.attn_pool is not None else tokens @ visual.proj
+    if trunk is not None and tokens.shape[1] < LEAST_CELLS and hasattr(trunk, "forward_intermediates"):
+        maps = trunk.forward_intermediates(model.model.pixels(images), intermediates_only=True)
+        large = [m for m in maps if m.ndim == 4 and m.shape[2] * m.shape[3] >= LEAST_CELLS]
+        return rearrange(large[-1], "n c h w -> n (h w) c").float() if large else tokens
     head = getattr(visual, "head", None)
-    if head is None or not _token_wise(head):
+    if isinstance(head, nn.Module) and _token_wise(head):
+        return head(tokens)
+    if trunk is None or not isinstance(head, nn.Module) or len(head) or not _averages(trunk):  # type: ignore[arg-type]
         return tokens
-    return head(tokens)
+    # the projection is the convolutional trunk's own classifier: what it makes of a map of one cell
+    cells = trunk.forward_head(rearrange(tokens, "n p c -> (n p) c 1 1"))
+    return rearrange(cells, "(n p) d -> n p d", n=len(tokens))
 
 
 @torch.inference_mode()
@@ -41,6 +56,11 @@ def text_tokens(model: LoadedModel, captions: Sequence[str]) -> tuple[Tensor, Te
     if isinstance(projection, nn.Module) and _token_wise(projection):
         return projection(tokens), mask
     return tokens, mask
+
+
+def _averages(trunk: Any) -> bool:
+    """Whether a timm trunk pools a feature map [n, C, H, W] by its mean before its classifier."""
+    return getattr(getattr(trunk, "global_pool", None), "pool_type", None) in ("avg", "fast", "fastavg")
 
 
 def _token_wise(module: nn.Module) -> bool:

@@ -44,9 +44,7 @@ def match_rows(folder: Path, *, shades: int = 10, names: int = 8) -> list[list[A
             other = squares.NAMES[(i + 1 + shade % (names - 1)) % names]
             split = SPLIT_OF[shade % 10]
             for text, target in ((name, 1), (other, 0)):
-                rows.append(
-                    [f"{name}{shade}-{target}", image, f"{text} square", target, f"s{shade}", split]
-                )
+                rows.append([f"{name}{shade}-{target}", image, f"{text} square", target, f"s{shade}", split])
     return rows
 
 

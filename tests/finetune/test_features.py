@@ -27,7 +27,9 @@ def table(folder: Path, images: list[Any], texts: list[Any]) -> Rows:
     for name in squares.NAMES[:4]:
         (folder / f"{name}.png").write_bytes(squares.square(name, 0))
     wanted = LabelledDataConfig(manifest="x")
-    return parse_rows({"image": images, "text": texts}, wanted, PictureFolder(folder), source="x", target=None)
+    return parse_rows(
+        {"image": images, "text": texts}, wanted, PictureFolder(folder), source="x", target=None
+    )
 
 
 def test_features_are_open_clips_own(tmp_path: Path, model: LoadedModel) -> None:
@@ -45,7 +47,9 @@ def test_features_are_open_clips_own(tmp_path: Path, model: LoadedModel) -> None
 def test_token_features_lie_in_the_joint_space(tmp_path: Path, model: LoadedModel) -> None:
     """The end-of-text token's is the text feature; for a tower without class token the mean would be too."""
     names = squares.NAMES[:3]
-    rows = table(tmp_path, [f"{n}.png" for n in names], [f"{n} square" * (1 + i) for i, n in enumerate(names)])
+    rows = table(
+        tmp_path, [f"{n}.png" for n in names], [f"{n} square" * (1 + i) for i, n in enumerate(names)]
+    )
     found, _ = extract(model, rows, tokens=True)
     features, _ = found.batch(torch.arange(3), tokens=True)
     assert features["image_tokens"].shape == (3, 4, 24)

@@ -1,4 +1,4 @@
-"""Fusion heads: what each can and cannot learn, what a missing modality changes, and that all of it trains."""
+"""Fusion heads: what each can and cannot learn, what a missing modality changes, that all of it trains."""
 
 from typing import Any
 
@@ -152,8 +152,8 @@ def test_standardising_keeps_inner_products_of_centred_vectors_up_to_one_scale()
     torch.testing.assert_close(standard(x), y)
 
 
-CANNOT = ["image", "text with a hidden layer", "concat linear", "weighted_sum", "weighted_sum equal", "late"]
-CANNOT += ["late learned", "similarity"]
+CANNOT = ["image", "text with a hidden layer", "similarity", "concat linear", "weighted_sum"]
+CANNOT.extend(["weighted_sum equal", "late", "late learned"])
 CAN = ["concat", "concat with interactions", "gated", "bilinear", "bilinear of low rank", "cross"]
 
 

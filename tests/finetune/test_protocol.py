@@ -1,0 +1,253 @@
+"""Whole runs on coloured squares through the command line: what is kept, what is looked at, what is told."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import sklearn.metrics as sk
+import torch
+
+from diptych.cli.main import main
+from diptych.configs.load import load_config
+from diptych.finetune.config import FinetuneConfig
+from diptych.finetune.predictor import Predictor
+
+from .labelled import COLUMNS, match_rows, write_config, write_csv, write_task
+
+HEADS = "{concat: {op: concat, interactions: true}, cross: {op: cross, width: 8, heads: 2}, late: {op: late}}"
+
+
+def finetune(folder: Path, *words: str) -> dict[str, Any]:
+    assert main(["finetune", str(folder / "finetune.yaml"), *words]) == 0
+    return json.loads((folder / "run" / "results.json").read_text())
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_task(tmp_path)
+    write_config(tmp_path, HEADS)
+    return tmp_path
+
+
+def test_a_run_scores_every_head_beside_chance_and_the_single_modalities(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = finetune(folder)
+    printed = capsys.readouterr()
+    assert list(results["heads"]) == ["image", "text", "concat", "cross", "late"]
+    assert (results["n_train"], results["n_inner"], results["n_test"]) == (96, 32, 32)
+    assert results["n_test_groups"] == 2
+    assert results["chance"] == results["majority"] == 0.5
+    assert results["best"] in ("concat", "cross", "late")
+    assert results["headline"] in printed.out
+    assert "diptych predict" in printed.out
+    for name, head in results["heads"].items():
+        assert head["metrics"]["accuracy"]["low"] <= head["metrics"]["accuracy"]["value"]
+        assert ("vs_best_single" in head) == (name not in ("image", "text"))
+    for modality in ("image", "text"):  # each picture once with either answer: a fair coin
+        assert results["heads"][modality]["metrics"]["accuracy"]["value"] == 0.5
+    # every number comes from the probabilities that were written down
+    table = pq.read_table(folder / "run" / "predictions.parquet").to_pydict()
+    truth = np.array(table["target"]) == "1"
+    for name, head in results["heads"].items():
+        p = np.array(table[f"{name}:1"])
+        assert head["metrics"]["accuracy"]["value"] == pytest.approx(sk.accuracy_score(truth, p >= 0.5))
+        assert head["metrics"]["auroc"]["value"] == pytest.approx(sk.roc_auc_score(truth, p))
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert {row["kind"] for row in rows} == set(results["heads"])
+    # the run's own config runs again, and its encoders load in open_clip
+    again = load_config(FinetuneConfig, folder / "run" / "config.yaml")
+    assert again == load_config(FinetuneConfig, folder / "finetune.yaml")
+    open_clip.create_model_and_transforms(f"local-dir:{folder / 'run' / 'encoder'}")
+
+
+def test_one_seed_gives_one_result(folder: Path) -> None:
+    first = finetune(folder)
+    weights = contents(folder / "run")
+    shutil.rmtree(folder / "run")
+    assert timeless(finetune(folder)) == timeless(first)
+    assert contents(folder / "run") == weights
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = finetune(folder)
+    metrics = (folder / "run" / "metrics.jsonl").read_bytes()
+    weights = contents(folder / "run")
+    shutil.rmtree(folder / "run")
+    from diptych.finetune import protocol
+
+    original = protocol.fit
+
+    def stopped(config: Any, *args: Any, **options: Any) -> Any:
+        if config.op == "cross":
+            raise KeyboardInterrupt
+        return original(config, *args, **options)
+
+    monkeypatch.setattr(protocol, "fit", stopped)
+    assert main(["finetune", str(folder / "finetune.yaml")]) == 130
+    assert not (folder / "run" / "results.json").exists()
+    monkeypatch.setattr(protocol, "fit", original)
+    capsys.readouterr()
+    resumed = finetune(folder)
+    assert capsys.readouterr().err.count("kept from before") == 3
+    assert timeless(resumed) == timeless(whole)
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == metrics
+    assert contents(folder / "run") == weights
+    before = (folder / "run" / "heads" / "late" / "head.json").stat().st_mtime_ns
+    finetune(folder, "heads.concat.width=16")  # one head's setting changes: that one alone is made anew
+    assert capsys.readouterr().err.count("kept from before") == 4
+    assert (folder / "run" / "heads" / "late" / "head.json").stat().st_mtime_ns == before
+
+
+def test_labels_of_the_test_change_no_weight(folder: Path) -> None:
+    first = finetune(folder)
+    weights, best = contents(folder / "run"), first["best"]
+    shutil.rmtree(folder / "run")
+    rows = match_rows(folder)
+    test = [i for i, row in enumerate(rows) if row[5] == "test"]
+    shuffled = np.random.default_rng(0).permutation([rows[i][3] for i in test])
+    for i, target in zip(test, shuffled, strict=True):
+        rows[i][3] = int(target)
+    write_csv(folder / "match.csv", rows)
+    second = finetune(folder)
+    assert contents(folder / "run") == weights
+    assert second["best"] == best
+    assert second["heads"]["concat"]["metrics"] != first["heads"]["concat"]["metrics"]
+
+
+def test_predictions_are_the_runs_own_also_after_it_moved_and_lost_its_checkpoint(folder: Path) -> None:
+    results = finetune(folder)
+    table = pq.read_table(folder / "run" / "predictions.parquet").to_pydict()
+    moved = folder / "elsewhere"
+    shutil.move(folder / "run", moved)
+    shutil.rmtree(folder / "checkpoint")
+    rows = [row for row in match_rows(folder) if row[5] == "test"]
+    write_csv(folder / "test.csv", rows)
+    for head in results["heads"]:
+        p = Predictor.load(moved, head=head).predict_proba(folder / "test.csv")
+        assert p.shape == (32, 2)
+        assert np.abs(p[:, 1] - np.array(table[f"{head}:1"])).max() < 1e-5
+        twice = Predictor.load(moved, head=head).predict_proba(folder / "test.csv")
+        assert np.array_equal(p, twice)
+    assert main(["predict", str(moved), str(folder / "test.csv"), "-o", str(folder / "out.csv")]) == 0
+    with (folder / "out.csv").open() as file:
+        answers = list(csv.DictReader(file))
+    assert list(answers[0]) == [*COLUMNS, "prediction", "p_0", "p_1"]
+    best = np.array(table[f"{results['best']}:1"])
+    assert [row["id"] for row in answers] == [row[0] for row in rows]
+    assert [row["prediction"] for row in answers] == ["1" if p >= 0.5 else "0" for p in best]
+    assert np.abs(np.array([float(row["p_1"]) for row in answers]) - best).max() < 1e-5
+
+
+def test_encoders_that_are_trained_are_kept_with_the_head(folder: Path) -> None:
+    write_config(
+        folder,
+        "{tuned: {op: bilinear, adapt: {method: lp_ft, encoder_lr: 1.0e-3, encoder_batch_size: 16}}}",
+        more="early_stopping: {metric: loss}\n",
+    )
+    results = finetune(folder)
+    assert results["heads"]["tuned"]["method"] == "lp_ft"
+    assert results["heads"]["tuned"]["params"] > 24 * 24 * 2
+    own = folder / "run" / "heads" / "tuned" / "encoder_seed_0"
+    model: Any = open_clip.create_model_and_transforms(f"local-dir:{own}")[0]
+    base: Any = open_clip.create_model_and_transforms(f"local-dir:{folder / 'run' / 'encoder'}")[0]
+    assert not torch.equal(model.visual.conv1.weight, base.visual.conv1.weight)
+    table = pq.read_table(folder / "run" / "predictions.parquet").to_pydict()
+    write_csv(folder / "test.csv", [row for row in match_rows(folder) if row[5] == "test"])
+    p = Predictor.load(folder / "run").predict_proba(folder / "test.csv")
+    assert np.abs(p[:, 1] - np.array(table["tuned:1"])).max() < 1e-5
+
+
+def test_more_than_two_classes_with_calibration_and_a_seeded_split(folder: Path) -> None:
+    rows = [
+        [*row[:3], row[0].rstrip("0123456789-"), row[4], row[5]] for row in match_rows(folder) if row[3] == 1
+    ]
+    write_csv(folder / "match.csv", rows)
+    text = write_config(folder, "[concat, gated, bilinear, weighted_sum, late]").read_text()
+    text = text.replace("type: binary", "type: multiclass").replace("id: id", "id: id, split: null")
+    (folder / "finetune.yaml").write_text(
+        text.replace("bootstrap: 100", "bootstrap: 100, calibration: temperature")
+    )
+    results = finetune(folder)
+    assert len(results["classes"]) == 8
+    assert results["chance"] == 1 / 8
+    assert list(results["heads"]["late"]["metrics"]) == [
+        "accuracy", "balanced_accuracy", "macro_f1", "brier", "ece",
+    ]  # fmt: skip
+    predictor = Predictor.load(folder / "run")
+    said = predictor.predict({"text": ["red square", "blue square"]})
+    assert set(said) <= set(results["classes"])
+    assert predictor.predict_proba([{"text": "red square"}]).shape == (1, 8)
+
+
+def test_broken_pictures_stop_the_run_or_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = folder / "images" / "red0.png"
+    broken.write_bytes(b"no picture")
+    assert main(["finetune", str(folder / "finetune.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "row 1: image" in error
+    assert "(2 such rows)" in error
+    assert "data.on_error=quarantine" in error
+    assert main(["finetune", str(folder / "finetune.yaml"), "data.on_error=quarantine"]) == 2
+    assert "2 of 160 rows are too many" in capsys.readouterr().err
+    with (folder / "run" / "quarantine.csv").open() as file:
+        listed = list(csv.DictReader(file))
+    assert [row["id"] for row in listed] == ["red0-1", "red0-0"]
+    rows = match_rows(folder)
+    broken.write_bytes(b"no picture")
+    write_csv(folder / "match.csv", [row for row in rows if row[0] != "red0-0"])
+    assert finetune(folder, "data.on_error=quarantine", "heads=[late]")["n_train"] == 94
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["heads.late.op=lat"], "did you mean late?"),
+        (["heads.late.rank=3"], "rank is no option of late (its options: rule); remove it"),
+        (["heads.cross.width=9"], "width 9 is no multiple of heads 2"),
+        (["heads.concat.adapt={lrr: 1}"], "heads.concat.adapt: unknown key lrr; known here: method, lr,"),
+        (["heads.concat.adapt={lr: -1}"], "heads.concat.adapt.lr: input should be greater than 0, not -1"),
+        (["heads=[late, late]"], "late stands twice"),
+        (["heads.text={op: late}"], "'text' is the name of the baseline"),
+        (["heads.cross.adapt={method: lp_ft}"], "cross reads frozen tokens"),
+        (["task={type: multiclass}", "heads={s: {op: similarity}}"], "similarity answers binary tasks alone"),
+        (["task={type: multiclass}", "eval.calibration=platt"], "platt is for binary tasks"),
+        (["task.classes=[a, b]"], "classes belongs to multiclass"),
+        (["data.modalities={text: {column: text}}"], "concat needs two modalities"),
+        (["eval.seeds=[1, 1]"], "one or more different seeds"),
+        (["early_stopping.metric=acc"], "'acc' is no metric of binary tasks; use auto, loss, accuracy"),
+        (["model.checkpoint=nowhere"], "nowhere"),
+        (["data.manifest=nowhere.csv"], "nowhere.csv: no such file or directory"),
+        (["data.manifest=corpus:none/x.parquet"], "diptych data fetch icons"),
+        (["adapt.epoch=3"], "adapt.epoch: unknown key; did you mean 'epochs'?"),
+        (["device=cuda"], "'cuda' cannot be used here"),
+    ],
+)
+def test_mistakes_in_a_config_end_with_one_sentence(
+    words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert main(["finetune", str(folder / "finetune.yaml"), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error
