@@ -53,6 +53,8 @@ def build_accelerator(precision: str, device: torch.device) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage] # else a second run in one process keeps the first's precision
     # 1x1 convolutions on channels-last pixels give gradients that are contiguous but for dimensions of size 1
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # torch 2.14 renames an option that Accelerate passes on by its old name
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Batch norms are synchronised already, so buffers are equal on all ranks and need no broadcast.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision=ours, cpu=device.type == "cpu", kwargs_handlers=[ddp])

@@ -6,8 +6,17 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+# a busy machine is no fault of a test; CI draws the same examples every time
+hypothesis.settings.register_profile(
+    "diptych",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=os.environ.get("CI") == "true",
+)
+hypothesis.settings.load_profile("diptych")
 REQUIRE_ALL = os.environ.get("DIPTYCH_REQUIRE_ALL") == "1"
 
 
