@@ -10,9 +10,14 @@ from diptych.configs.files import atomic_write_bytes, atomic_write_text, cache_d
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     atomic_write_text(path, "old")
-    with pytest.raises(RuntimeError, match="stop"), temporary_beside(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("stop")
+
+    def fail_halfway() -> None:
+        with temporary_beside(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from diptych.configs.errors import UserError
 from diptych.configs.load import StrictModel, load_config, read_yaml, to_yaml
@@ -21,7 +22,7 @@ class Optim(StrictModel):
 class Config(StrictModel):
     optim: Optim = Optim()
     out: str | None = None
-    weights: dict[str, float] = {}
+    weights: dict[str, float] = Field(default_factory=dict)
     flag: bool = False
 
 
@@ -94,7 +95,7 @@ def test_a_mistake_is_one_sentence_with_its_key_and_the_mend(name: str, tmp_path
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "optim..lr=1", "optim.lr=[", "optim.lrr=1"])
 def test_a_wrong_override_is_refused(override: str) -> None:
-    with pytest.raises(UserError, match="lr|key=value"):
+    with pytest.raises(UserError, match=r"lr|key=value"):
         load_config(Config, None, [override])
 
 
