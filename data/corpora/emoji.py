@@ -96,6 +96,10 @@ class EmojiTable:
             or bool(re.search(r"skin-tone|-tone-?\d|skintone", icon.name))
         )
 
+    def flag(self, country: str) -> Emoji | None:
+        """The flag of a country by its two letters (ISO 3166), "fr"."""
+        return self.by_code.get("-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in country))
+
     def find(self, icon: Icon) -> Emoji | None:
         """The emoji that the drawing shows: by its code if it has one, else by its names."""
         if icon.code is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .captions import Segmenter, base_name, caption_of, name_caption
 from .emoji import Emoji, EmojiTable
 from .iconify import Icon, IconSet
-from .pins import EMOJI_SETS, NUMBERED_DRAWINGS
+from .pins import EMOJI_SETS, FLAG_SETS, NUMBERED_DRAWINGS
 
 __all__ = ["NamedIcon", "keep_icons", "name_icons"]
 
@@ -73,7 +73,7 @@ def name_icons(sets: Sequence[IconSet], table: EmojiTable, dropped: Counter[str]
         siblings = frozenset(icon.name for icon in icon_set.icons)
         is_emoji_set = icon_set.prefix in EMOJI_SETS
         for icon in icon_set.icons:
-            emoji = table.find(icon) if is_emoji_set else None
+            emoji = _shown(icon, table)
             own: list[str] = []
             for name in (icon.name, *icon.aliases):
                 if icon_set.prefix in spaced or not is_emoji_set:
@@ -86,6 +86,15 @@ def name_icons(sets: Sequence[IconSet], table: EmojiTable, dropped: Counter[str]
             caption, names = caption_of(emoji, own)
             out.append(NamedIcon(icon, emoji, caption, tuple(names), icon_set.licence))
     return sorted(out, key=lambda named: (named.icon.prefix, named.icon.name))
+
+
+def _shown(icon: Icon, table: EmojiTable) -> Emoji | None:
+    """The emoji that an icon shows, where its set draws emoji or the flags of countries."""
+    if icon.prefix in EMOJI_SETS:
+        return table.find(icon)
+    if icon.prefix in FLAG_SETS and (match := re.fullmatch(r"([a-z]{2})(-[1-9]x[1-9])?", icon.name)):
+        return table.flag(match[1])
+    return None
 
 
 def _own_caption(name: str, icon_set: IconSet, siblings: frozenset[str]) -> str:

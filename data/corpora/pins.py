@@ -12,6 +12,7 @@ from .splits import SplitRules
 __all__ = [
     "EMOJIBASE",
     "EMOJI_SETS",
+    "FLAG_SETS",
     "FULL",
     "LEFT_OUT",
     "NUMBERED_DRAWINGS",
@@ -149,6 +150,9 @@ EMOJI_SETS = frozenset(
     ]
 )
 """Sets that draw emoji: their names are looked up among Unicode's."""
+
+FLAG_SETS = frozenset({"cif", "circle-flags", "flag", "flagpack"})
+"""Sets that name flags by the two letters of the country."""
 
 REDRAWS = {
     "noto-v1": "noto",

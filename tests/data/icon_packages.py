@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diptych.data.corpora.pins import Package, Tier
+import pytest
+
+from diptych.data.corpora import icons, naming
+from diptych.data.corpora.pins import EMOJI_SETS, TIERS, Package, Tier
 from diptych.data.corpora.splits import SplitRules
 
 NAMES = [
@@ -236,3 +239,13 @@ def small_tier(cache: Path) -> tuple[Tier, Package]:
     """A demo tier of small packages, stored in ``cache``, and the package of emoji labels."""
     packages = tuple(store(cache, f"@iconify-json/{s['info.json']['prefix']}", s) for s in demo_sets())
     return Tier("demo", packages, RULES, {}), store(cache, "emojibase-data", emojibase())
+
+
+def use_small_packages(patch: pytest.MonkeyPatch, cache: Path, **changes: Any) -> Tier:
+    tier, labels = small_tier(cache)
+    tier = Tier(**{**vars(tier), **changes})
+    patch.setenv("DIPTYCH_CACHE", str(cache))
+    patch.setitem(TIERS, "demo", tier)
+    patch.setattr(icons, "EMOJIBASE", labels)
+    patch.setattr(naming, "EMOJI_SETS", EMOJI_SETS | {"alpha"})
+    return tier

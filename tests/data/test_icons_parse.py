@@ -199,6 +199,18 @@ def test_names_written_without_spaces_find_their_emoji() -> None:
     assert dropped["a name that cannot be cut into words"] == 1
 
 
+def test_flags_named_by_country_are_called_by_the_country() -> None:
+    flag = {"hexcode": "1F1EB-1F1F7", "label": "flag: France", "tags": ["FR"], "group": 3, "subgroup": 3}
+    files = icon_packages.emojibase()
+    table = EmojiTable([*files["en/data.json"], flag], files["en/messages.json"], {})
+    flags = parse(icon_packages.line_set("circle-flags", ["fr", "fr-4x3", "zz", "rainbow"]))
+    others = parse(icon_packages.line_set("lines", ["fr"]))
+    named = name_icons([flags, others], table, Counter())
+    assert [one.caption for one in named] == ["flag france", "flag france", "rainbow", "zz", "fr"]
+    assert named[0].emoji is not None
+    assert named[0].emoji.code == "1f1eb-1f1f7"
+
+
 def test_code_points_compare_without_presentation_selectors() -> None:
     assert plain_code("2764-FE0F-200D-1F525") == "2764-200d-1f525"
 
