@@ -79,7 +79,7 @@ def plan(*, quick: bool, processes: int) -> list[Step]:
     pretrained, tuned = _folders(quick)
     recipe = str(_config("demo/pretrain.yaml"))
     heads = str(_config("demo/finetune_match.yaml"))
-    launch = ("--standalone", "--nproc-per-node", str(processes), "-m", "diptych.pretrain", recipe)
+    launch = ("--nproc-per-node", str(processes), "-m", "diptych.pretrain", recipe)
     return [
         Step(
             "fetch", "icons of a dozen vendors, drawn and sorted (some 2 minutes)", ("data", "fetch", "icons")
@@ -93,7 +93,7 @@ def plan(*, quick: bool, processes: int) -> list[Step]:
             "pretrain",
             f"an image and a text tower, {processes} processes",
             (*launch, f"out={pretrained}", *(QUICK_PRETRAIN if quick else ())),
-            module="torch.distributed.run",
+            module="diptych.pretrain.launch",
         ),
         Step(
             "evaluate",
@@ -140,8 +140,8 @@ def _processes() -> int:
 
 
 def _shown(step: Step) -> str:
-    words = {"diptych.cli": "diptych", "torch.distributed.run": "torchrun"}
-    return shlex.join([words[step.module], *step.command])
+    words = ["diptych"] if step.module == "diptych.cli" else ["torchrun", "--standalone"]
+    return shlex.join([*words, *step.command])
 
 
 def _run(step: Step) -> float:
@@ -149,11 +149,8 @@ def _run(step: Step) -> float:
     from ..configs.errors import UserError
 
     begun = time.monotonic()
-    environment = dict(os.environ)
-    if step.module == "torch.distributed.run":
-        environment.setdefault("OMP_NUM_THREADS", "1")  # else torchrun says at length that it does so
-    code = _wait([sys.executable, "-m", step.module, *step.command], environment)
-    if code in (130, -signal.SIGINT, -signal.SIGTERM):
+    code = _wait([sys.executable, "-m", step.module, *step.command])
+    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         how = (
@@ -168,10 +165,10 @@ def _run(step: Step) -> float:
     return time.monotonic() - begun
 
 
-def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
+def _wait(command: Sequence[str]) -> int:
     """The exit code of a command. On Ctrl-C the terminal has told the command too, and it gets time to save;
     SIGTERM is passed on."""
-    with subprocess.Popen(command, env=environment) as process:
+    with subprocess.Popen(command) as process:
         old = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
         try:
             return process.wait()

@@ -24,7 +24,7 @@ def test_every_step_is_a_command_that_is_understood(quick: bool, monkeypatch: py
     assert [step.name for step in steps] == ["fetch", "verify", "pretrain", "evaluate", "finetune", "report"]
     for step in steps:
         words = list(step.command)
-        if step.module == "torch.distributed.run":
+        if step.module == "diptych.pretrain.launch":
             words = ["pretrain", *words[words.index("diptych.pretrain") + 1 :]]
         check_words(words)
 
