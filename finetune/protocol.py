@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ..configs.errors import UserError
-from ..configs.files import atomic_write_text, temporary_beside
+from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
 from ..pretrain.model import LoadedModel, load_model
 from ..pretrain.tracking import Tracker
@@ -37,7 +35,7 @@ from .features import FeatureRows, Progress, encoder_fingerprint, extract, silen
 from .fusion import STAGES
 from .intervals import paired_intervals
 from .manifest import Rows, Splits, encode_targets, read_rows, split_rows
-from .results import headline, make_results
+from .results import headline, make_results, write_predictions
 from .saved import open_encoder, read_head, read_json, save_encoder, save_head
 from .tasks import Floats, Ints, Task
 
@@ -356,7 +354,7 @@ def _score(
     scores, gains = paired_intervals(
         targets, p, task.metrics, groups, against=single, samples=config.eval.bootstrap
     )
-    _write_predictions(session, rows, p)
+    write_predictions(session.folder, session.task, session.rows, session.targets, rows, p)
     documents = {n: read_json(session.folder / "heads" / n / "head.json") for n in names}
     result = make_results(task, documents, scores, gains, targets, best=best, single=single)
     result |= {
@@ -386,18 +384,3 @@ def head_probabilities(session: Session, name: str, rows: Ints) -> Floats:
         logits = logits_of(one.head.to(session.model.device), source, batch_size=size)
         parts.append(session.task.probabilities(one.calibrated(logits)))
     return np.mean(parts, axis=0)
-
-
-def _write_predictions(session: Session, rows: Ints, p: Mapping[str, Floats]) -> None:
-    """All probabilities on the test rows: every number of results.json can be made again from them."""
-    table: dict[str, Any] = {
-        "id": [session.rows.ids[i] for i in rows],
-        "group": [session.rows.groups[i] for i in rows],
-        "target": [session.task.classes[t] for t in session.targets[rows]],
-    }
-    for name, got in p.items():
-        for c, label in enumerate(session.task.classes):
-            if session.task.type == "multiclass" or c == 1:
-                table[f"{name}:{label}"] = got[:, c].astype(np.float32)
-    with temporary_beside(session.folder / "predictions.parquet") as temporary:
-        pq.write_table(pa.table(table), temporary)

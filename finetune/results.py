@@ -1,15 +1,21 @@
-"""What results.json says: scores beside chance, gains over the best single modality, one sentence."""
+"""What a run leaves: results.json with scores beside chance, gains over the best single modality and one
+sentence; and the predictions they were made from."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from ..configs.files import temporary_beside
 from ..pretrain.statistics import Interval
 from .config import SINGLE
-from .tasks import Ints, Task
+from .manifest import Rows
+from .tasks import Floats, Ints, Task
 
-__all__ = ["headline", "make_results"]
+__all__ = ["headline", "make_results", "write_predictions"]
 
 
 def make_results(
@@ -72,3 +78,21 @@ def headline(result: Mapping[str, Any]) -> str:
         f"; that is {100 * versus['diff']:+.1f} points ({100 * versus['low']:+.1f} to "
         f"{100 * versus['high']:+.1f}), {verdict} the best single modality, {versus['against']}."
     )
+
+
+def write_predictions(
+    folder: Path, task: Task, rows: Rows, targets: Ints, chosen: Ints, p: Mapping[str, Floats]
+) -> None:
+    """``predictions.parquet``: for each head the probabilities [n, C] on the ``chosen`` rows; every number of
+    results.json can be made again from them."""
+    table: dict[str, Any] = {
+        "id": [rows.ids[i] for i in chosen],
+        "group": [rows.groups[i] for i in chosen],
+        "target": [task.classes[t] for t in targets[chosen]],
+    }
+    for name, got in p.items():
+        for c, label in enumerate(task.classes):
+            if task.type == "multiclass" or c == 1:
+                table[f"{name}:{label}"] = got[:, c].astype(np.float32)
+    with temporary_beside(folder / "predictions.parquet") as temporary:
+        pq.write_table(pa.table(table), temporary)
