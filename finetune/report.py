@@ -5,10 +5,8 @@ It reads the files that runs leave behind (``metrics.jsonl``, ``evaluate.json``,
 """
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ import yaml
 
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text, resolve_data_path
+from ..configs.versions import versions
 from .report_finetune import finetune_sections, finetune_tiles
 from .report_html import details, missing, table, text
 from .report_pretrain import pretrain_sections, pretrain_tiles
@@ -23,7 +22,6 @@ from .report_style import STYLE
 
 __all__ = ["RunFiles", "newest_runs", "read_run", "write_report"]
 
-PACKAGES = ("diptych", "torch", "open_clip_torch", "timm", "numpy", "pillow", "scikit-learn", "webdataset")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -231,17 +229,7 @@ def _data(runs: Sequence[RunFiles]) -> str:
 def _settings(runs: Sequence[RunFiles]) -> str:
     parts = [details(f"{run.folder.name}: config.yaml", run.config) for run in runs]
     recorded = next((run.versions for run in runs if run.versions), None)
-    versions = recorded or _installed()
+    shown = recorded or versions()
     where = "recorded with the checkpoint" if recorded else "installed where this page was made"
-    rows = [[name, version] for name, version in versions.items()]
+    rows = [[name, version] for name, version in shown.items()]
     return "".join(parts) + table(f"Versions, {where}", ["package", "version"], rows)
-
-
-def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

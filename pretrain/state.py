@@ -6,9 +6,7 @@ ones), ``optimizer.safetensors``, ``rng.safetensors`` (every rank's) and ``train
 position, versions).
 """
 
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,14 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
 from ..configs.errors import UserError
+from ..configs.versions import versions
 from ..data.stream import Stream
 from . import checkpoint, distributed
 from .ema import Ema
 from .towers import bundle_text, open_clip_config
 from .weights import CONFIG_NAME, MODEL_NAME
 
-__all__ = ["TrainState", "versions"]
+__all__ = ["TrainState"]
 
 RAW_NAME, OPTIMIZER_NAME, RNG_NAME, TRAINER_NAME = (
     "train_model.safetensors",
@@ -31,30 +30,6 @@ RAW_NAME, OPTIMIZER_NAME, RNG_NAME, TRAINER_NAME = (
     "rng.safetensors",
     "trainer.json",
 )
-PACKAGES = (
-    "diptych",
-    "torch",
-    "open_clip_torch",
-    "timm",
-    "accelerate",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "transformers",
-    "safetensors",
-    "wandb",
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on, decoders and tokenizers among them."""
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass

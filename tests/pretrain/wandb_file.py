@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER = 32768, 7
@@ -30,6 +31,7 @@ def records(path: Path) -> Iterator[bytes]:
 
 def history(path: Path) -> list[dict[str, Any]]:
     """The logged rows of an offline run."""
+    wandb.teardown()  # its service writes the last rows when it ends
     rows: list[dict[str, Any]] = []
     for data in records(path):
         record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
