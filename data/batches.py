@@ -7,8 +7,9 @@ positions never shift, and every rank has the rows it is meant to have.
 import copy
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -29,9 +30,12 @@ __all__ = ["BatchMaker", "Failure", "Recipe", "decode_sample", "read_retrying"]
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 RETRIES = 5
 FIRST_WAIT_S = 0.2  # doubled at each retry: 6 seconds in all
+TOGETHER = 16  # samples that are read, then decoded, then augmented; their full-size pixels are in memory
 _AUGMENT, _CAPTION = 0, 1  # what a sample's random numbers are for
 
 
@@ -80,17 +84,19 @@ class BatchMaker(Dataset[Any]):
         valid = torch.ones(len(ids), dtype=torch.bool)
         captions: list[str] = []
         bad: list[dict[str, Any]] = []
-        for row, sample_id in enumerate(ids.tolist()):
-            try:
-                pixels, caption = self._sample(epoch, sample_id)
-                image[row] = pixels.numpy()
-            except DamagedSample as error:
-                if recipe.on_bad == "raise":
-                    raise UserError(f"{error}; mend or remove it, or set data.on_bad: mask") from error
-                image[row], valid[row], caption = 255, False, ""
-                place = {"epoch": epoch, "step": step, "sample_id": sample_id}
-                bad.append({"shard": error.shard, "key": error.key, "reason": error.reason} | place)
-            captions.append(caption)
+        for start in range(0, len(ids), TOGETHER):
+            few = ids[start : start + TOGETHER].tolist()
+            for row, (sample_id, made) in enumerate(zip(few, self._samples(epoch, few), strict=True), start):
+                if isinstance(made, DamagedSample):
+                    if recipe.on_bad == "raise":
+                        raise UserError(f"{made}; mend or remove it, or set data.on_bad: mask") from made
+                    image[row], valid[row] = 255, False
+                    place = {"epoch": epoch, "step": step, "sample_id": sample_id}
+                    bad.append({"shard": made.shard, "key": made.key, "reason": made.reason} | place)
+                    captions.append("")
+                else:
+                    image[row] = made[0].numpy()
+                    captions.append(made[1])
         token_ids, seq_lens = self.tokenizer.pack(captions)
         return {
             "image": torch.from_numpy(image),
@@ -105,16 +111,43 @@ class BatchMaker(Dataset[Any]):
             "bad": bad,
         }
 
-    def _sample(self, epoch: int, sample_id: int) -> tuple[Tensor, str]:
-        """Pixels uint8 [3, S, S] and the caption of one sample. Raises DamagedSample."""
+    def _samples(self, epoch: int, ids: list[int]) -> list[tuple[Tensor, str] | DamagedSample]:
+        """Pixels uint8 [3, S, S] and caption of a few samples, or what is wrong with them.
+
+        One kind of work after another, not one sample after another: code that is warm in the caches takes a
+        quarter less time for small images.
+        """
         recipe = self.recipe
-        raw, self.shards = read_retrying(self.shards, sample_id)
         least = least_side(recipe.image_size, recipe.augment)
-        image = decode_sample(raw, max_pixels=recipe.max_pixels, least=least)
-        rng = self._random.at(epoch, sample_id, _AUGMENT)
-        pixels = train_image(image, recipe.image_size, recipe.augment, rng)
-        rng = self._random.at(epoch, sample_id, _CAPTION)
-        return pixels, choose_caption(recipe.captions, raw.caption, raw.meta, rng)
+        raws = [_attempt(self._read, sample_id) for sample_id in ids]
+        images = [
+            raw
+            if isinstance(raw, DamagedSample)
+            else _attempt(decode_sample, raw, max_pixels=recipe.max_pixels, least=least)
+            for raw in raws
+        ]
+        made: list[tuple[Tensor, str] | DamagedSample] = []
+        for raw, image in zip(raws, images, strict=True):
+            if isinstance(image, DamagedSample):
+                made.append(image)
+                continue
+            assert isinstance(raw, RawSample)
+            rng = self._random.at(epoch, raw.sample_id, _AUGMENT)
+            pixels = train_image(image, recipe.image_size, recipe.augment, rng)
+            rng = self._random.at(epoch, raw.sample_id, _CAPTION)
+            made.append((pixels, choose_caption(recipe.captions, raw.caption, raw.meta, rng)))
+        return made
+
+    def _read(self, sample_id: int) -> RawSample:
+        raw, self.shards = read_retrying(self.shards, sample_id)
+        return raw
+
+
+def _attempt(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | DamagedSample:
+    try:
+        return make(*args, **kwargs)
+    except DamagedSample as error:
+        return error
 
 
 def decode_sample(raw: RawSample, *, max_pixels: int, least: int | None = None) -> Tensor:
