@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -137,7 +138,9 @@ def test_a_pickled_tokenizer_is_built_again(kind: str, bert: str) -> None:
     assert unpack(twin, HF_CAPTIONS) == unpack(tokenizer, HF_CAPTIONS)
 
 
-def test_mistakes_are_told_in_a_sentence(tmp_path: Path, bert: str) -> None:
+def test_mistakes_are_told_in_a_sentence(tmp_path: Path, bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as HF_HUB_OFFLINE=1 would, had it been set before the import
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"folder {tmp_path}/none gives no tokenizer"):
         build_tokenizer(str(tmp_path / "none"), 8)
     with pytest.raises(UserError, match="Hugging Face tokenizer no-such/name-at-all gives no tokenizer"):
