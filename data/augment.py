@@ -5,6 +5,7 @@ changes.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from ..configs.load import StrictModel
 
 __all__ = ["AugmentConfig", "least_side", "train_image"]
 
-Floats = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
 # every draw of a sample has its place, so that one setting does not shift the draws of another
@@ -29,11 +29,13 @@ _MARGIN = slice(25, 28)
 _JITTER = slice(28, 36)
 _DRAWS = 36
 
-_LUMA = np.tile([0.299, 0.587, 0.114], (3, 1))  # Rec. 601, as in torchvision
+Matrix = tuple[float, ...]  # nine numbers, row by row
+
+_UNIT: Matrix = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+_GREY: Matrix = (0.299, 0.587, 0.114) * 3  # luma of Rec. 601, as in torchvision
 # hueRotate of SVG (W3C, Filter Effects, feColorMatrix): L + cos (I - L) + sin K
-_HUE_L = np.tile([0.213, 0.715, 0.072], (3, 1))
-_HUE_K = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
-_UNIT = np.eye(3)
+_HUE_L: Matrix = (0.213, 0.715, 0.072) * 3
+_HUE_K: Matrix = (-0.213, -0.715, 0.928, 0.143, 0.140, -0.283, -0.787, 0.715, 0.072)
 
 
 class AugmentConfig(StrictModel):
@@ -75,19 +77,20 @@ def train_image(image: Tensor, image_size: int, augment: AugmentConfig, rng: Gen
     ``rng``: the sample's own random numbers; equal numbers give equal pixels.
     """
     draws: list[float] = rng.random(_DRAWS).tolist()
+    pixels: Bytes = image.permute(1, 2, 0).numpy()  # interleaved, as decoders leave them
     if augment.margin:
-        image = _on_paper(image, augment.margin, draws[_MARGIN])
-    top, left, height, width = _crop_box(image.shape[1], image.shape[2], augment, draws[_CROP])
-    image = _resize(image[:, top : top + height, left : left + width], image_size)
+        pixels = _on_paper(pixels, augment.margin, draws[_MARGIN])
+    top, left, height, width = _crop_box(pixels.shape[0], pixels.shape[1], augment, draws[_CROP])
+    planes = _resize(pixels[top : top + height, left : left + width], image_size)
     flip, jitter, grey = draws[_CHANCES]
     if flip < augment.hflip:
-        image = image.flip(2)
+        planes = planes[:, :, ::-1]
+    planes = np.ascontiguousarray(planes)
     jittered, greyed = jitter < augment.color_jitter_prob, grey < augment.grayscale_prob
     if jittered or greyed:
-        planes = np.ascontiguousarray(image.numpy())
         strength = augment.color_jitter if jittered else (0.0, 0.0, 0.0, 0.0)
-        image = torch.from_numpy(_recolour(planes, *_colour_map(planes, strength, greyed, draws[_JITTER])))
-    return image
+        planes = _recolour(planes, *_colour_map(planes, strength, greyed, draws[_JITTER]))
+    return torch.from_numpy(planes)
 
 
 def least_side(image_size: int, augment: AugmentConfig) -> int:
@@ -97,15 +100,14 @@ def least_side(image_size: int, augment: AugmentConfig) -> int:
     return math.ceil(image_size / math.sqrt(augment.scale[0] * narrowest))
 
 
-def _on_paper(image: Tensor, most: float, draws: list[float]) -> Tensor:
-    """The image somewhere on a larger white sheet."""
-    pixels: Bytes = image.permute(1, 2, 0).numpy()  # interleaved, as decoders leave them
+def _on_paper(pixels: Bytes, most: float, draws: list[float]) -> Bytes:
+    """The image [H, W, 3] somewhere on a larger white sheet."""
     height, width, _ = pixels.shape
     more_height, more_width = round(height * most * draws[0]), round(width * most * draws[0])
     top, left = int((more_height + 1) * draws[1]), int((more_width + 1) * draws[2])
     sheet = np.full((height + more_height, width + more_width, 3), 255, dtype=np.uint8)
     sheet[top : top + height, left : left + width] = pixels
-    return torch.from_numpy(sheet).permute(2, 0, 1)
+    return sheet
 
 
 def _crop_box(
@@ -130,23 +132,26 @@ def _crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _resize(image: Tensor, size: int) -> Tensor:
-    """Bicubic and antialiased, on uint8: the fastest kernel on a CPU, within two steps of 255 of Pillow's."""
-    if tuple(image.shape[1:]) == (size, size):
-        return image
+def _resize(pixels: Bytes, size: int) -> Bytes:
+    """uint8 [H, W, 3] to [3, size, size], bicubic and antialiased: the fastest kernel on a CPU, within two
+    steps of 255 of Pillow's."""
+    if pixels.shape[:2] == (size, size):
+        return pixels.transpose(2, 0, 1).copy()
     # what torchvision.transforms.v2.functional.resize runs, without its 20 microseconds of dispatch
-    return F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0]
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return F.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)[0].numpy()
 
 
 def _colour_map(
     planes: Bytes, strength: tuple[float, float, float, float], grey: bool, draws: list[float]
-) -> tuple[Floats, Floats]:
-    """All colour changes as one affine map of RGB, [3, 3] and [3].
+) -> tuple[Matrix, float]:
+    """All colour changes as one affine map of RGB: a matrix, and what is added to each channel.
 
     Each change is affine by itself, so composing them costs one pass over the pixels instead of fifty; unlike
-    torchvision's it clips once, at the end, and turns hue by a rotation instead of through HSV.
+    torchvision's it clips once, at the end, and turns hue by a rotation instead of through HSV. Every change
+    keeps grey on the grey axis, which is why the addend stays one number.
     """
-    matrix, shift = _UNIT, np.zeros(3)
+    matrix, shift = _UNIT, 0.0
     for which in sorted(range(4), key=lambda k: draws[4 + k]):
         if strength[which] == 0:
             continue
@@ -154,30 +159,41 @@ def _colour_map(
         high = strength[3] if which == 3 else 1 + strength[which]
         amount = low + (high - low) * draws[which]
         if which == 0:
-            matrix, shift = amount * matrix, amount * shift
+            matrix, shift = tuple(amount * m for m in matrix), amount * shift
         elif which == 1:  # towards the mean grey of the image as it is by now
-            mean = planes.reshape(3, -1).sum(axis=1, dtype=np.int64) / (planes.size // 3)
-            shift = amount * shift + (1 - amount) * float(_LUMA[0] @ (matrix @ mean + shift))
-            matrix = amount * matrix
-        else:
-            turn = 2 * math.pi * amount
-            change = (
-                amount * _UNIT + (1 - amount) * _LUMA
-                if which == 2
-                else _HUE_L + math.cos(turn) * (_UNIT - _HUE_L) + math.sin(turn) * _HUE_K
+            sums = planes.reshape(3, -1).sum(axis=1, dtype=np.int64).tolist()
+            luma = _times(_GREY, matrix)[:3]
+            mean = sum(m * x for m, x in zip(luma, sums, strict=True)) / (planes.size // 3)
+            shift = amount * shift + (1 - amount) * (mean + shift)
+            matrix = tuple(amount * m for m in matrix)
+        elif which == 2:
+            matrix = _times(
+                [amount * i + (1 - amount) * g for i, g in zip(_UNIT, _GREY, strict=True)], matrix
             )
-            matrix, shift = change @ matrix, change @ shift
-    return (_LUMA @ matrix, _LUMA @ shift) if grey else (matrix, shift)
+        else:
+            cos, sin = math.cos(2 * math.pi * amount), math.sin(2 * math.pi * amount)
+            parts = zip(_UNIT, _HUE_L, _HUE_K, strict=True)
+            matrix = _times([el + cos * (i - el) + sin * k for i, el, k in parts], matrix)
+    return (_times(_GREY, matrix) if grey else matrix), shift
 
 
-def _recolour(planes: Bytes, matrix: Floats, shift: Floats) -> Bytes:
+def _times(left: Sequence[float], right: Sequence[float]) -> Matrix:
+    """The product of two 3 x 3 matrices: in numpy, three such would take longer than all their pixels."""
+    a, b, c, d, e, f, g, h, i = right
+    rows = (left[:3], left[3:6], left[6:])
+    return tuple(
+        v for x, y, z in rows for v in (x * a + y * d + z * g, x * b + y * e + z * h, x * c + y * f + z * i)
+    )
+
+
+def _recolour(planes: Bytes, matrix: Matrix, shift: float) -> Bytes:
     """``matrix @ rgb + shift`` of every pixel, rounded and clipped; planes uint8 [3, H, W]."""
     rgb = planes.astype(np.float32)
-    m, c = matrix.astype(np.float32)[:, :, None, None], shift.astype(np.float32)[:, None, None]
+    m = np.array(matrix, dtype=np.float32).reshape(3, 3, 1, 1)
     # no matrix product: its rounding may depend on the number of threads
     out = rgb[0] * m[:, 0]
     out += rgb[1] * m[:, 1]
     out += rgb[2] * m[:, 2]
-    out += c + np.float32(0.5)
+    out += np.float32(shift + 0.5)
     np.clip(out, 0, 255, out=out)
     return out.astype(np.uint8)

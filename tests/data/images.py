@@ -18,6 +18,19 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def icon(seed: int) -> Image.Image:
+    """64 pixels square: discs on white, every fourth one transparent, made by integer arithmetic alone."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:64, :64]
+    pixels = np.full((64, 64, 4), 255, dtype=np.uint8)
+    pixels[..., 3] = 0 if seed % 4 == 0 else 255
+    for _ in range(5):
+        cx, cy, radius = rng.integers(8, 56, 3)
+        inside = (x - cx) ** 2 + (y - cy) ** 2 <= (radius // 2) ** 2
+        pixels[inside] = [*rng.integers(0, 256, 3), 255 if seed % 8 else 128]
+    return Image.fromarray(pixels if seed % 4 == 0 else pixels[..., :3].copy())
+
+
 def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)

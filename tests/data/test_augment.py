@@ -1,5 +1,6 @@
 """Augmentation: the distributions that it names, and pixels that follow from the sample's numbers alone."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -14,8 +15,9 @@ from torchvision.transforms.v2 import functional as transforms
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
 from diptych.data.augment import AugmentConfig, least_side, train_image
+from diptych.data.decode import decode_image
 
-from .images import photo, planes
+from .images import icon, photo, planes, stored
 
 EVERYTHING = AugmentConfig(
     scale=(0.3, 1.0),
@@ -50,6 +52,25 @@ def test_equal_numbers_give_equal_pixels_on_any_number_of_threads() -> None:
         assert all(torch.equal(first, other) for other in others)
     assert all(x.shape == (3, 48, 48) and x.dtype == torch.uint8 for x in made[0])
     assert len({x.numpy().tobytes() for x in made[0]}) == 40
+
+
+DEMO = AugmentConfig(
+    scale=(0.6, 1.0),
+    margin=0.15,
+    hflip=0.25,
+    color_jitter=(0.3, 0.3, 0.3, 0.05),
+    color_jitter_prob=0.5,
+    grayscale_prob=0.1,
+)
+
+
+@pytest.mark.parametrize(("size", "digest"), [(32, "014b58f3724d4082"), (64, "44fdd7206907f5c9")])
+def test_icons_give_the_pixels_that_they_always_gave(size: int, digest: str) -> None:
+    seen = hashlib.sha256()
+    for i in range(200):
+        image = decode_image(stored(icon(i)), max_pixels=10**6)
+        seen.update(train_image(image, size, DEMO, rng(i)).numpy().tobytes())
+    assert seen.hexdigest()[:16] == digest
 
 
 def test_the_source_is_not_written_to() -> None:
