@@ -40,8 +40,10 @@ __all__ = [
     "load_json",
     "make_row",
     "map_index",
+    "parse_manifest",
     "read_manifest",
     "text_hash",
+    "view_index",
     "write_manifest",
 ]
 
@@ -143,8 +145,10 @@ class Index:
     key_block: NDArray[np.uint8]
 
     def belongs_to(self, row: "ShardRow") -> bool:
-        """Whether it is, byte for byte, the index that a manifest's row names."""
-        return xxh3_64_hexdigest(self.raw.data) == row.idx_xxh3
+        """Whether it is, byte for byte, the index that a manifest's row names, and has as many samples."""
+        usable = int(np.count_nonzero(self.records["flags"] & OK))
+        counts = (usable, len(self.records) - usable) == (row.num_ok, row.num_bad)
+        return counts and xxh3_64_hexdigest(self.raw.data) == row.idx_xxh3
 
     def is_sound(self) -> bool:
         """Whether all that the usable records point to lies inside the shard and is of a size to be read; an
@@ -184,16 +188,21 @@ def map_index(path: Path) -> Index:
         raise UserError(f"{path} is missing; {mend}") from error
     except ValueError as error:  # empty file
         raise UserError(f"{path} is empty; {mend}") from error
+    return view_index(raw, str(path), mend)
+
+
+def view_index(raw: NDArray[np.uint8], name: str, mend: str) -> Index:
+    """The index that these bytes are. UserError with ``name`` and ``mend`` if they are none, or not whole."""
     if len(raw) < HEADER.itemsize:
-        raise UserError(f"{path} is no index of shards; {mend}")
+        raise UserError(f"{name} is no index of shards; {mend}")
     header = raw[: HEADER.itemsize].view(HEADER)[0]
     if header["magic"] != MAGIC:
-        raise UserError(f"{path} is no index of shards; {mend}")
+        raise UserError(f"{name} is no index of shards; {mend}")
     if header["version"] != VERSION or header["record_bytes"] != RECORD.itemsize:
-        raise UserError(f"{path} has version {header['version']}, this program reads {VERSION}; {mend}")
+        raise UserError(f"{name} has version {header['version']}, this program reads {VERSION}; {mend}")
     end = HEADER.itemsize + int(header["n"]) * RECORD.itemsize
     if len(raw) != end + int(header["key_bytes"]):
-        raise UserError(f"{path} is cut short; {mend}")
+        raise UserError(f"{name} is cut short; {mend}")
     return Index(raw, header, raw[HEADER.itemsize : end].view(RECORD), raw[end:])
 
 
@@ -251,17 +260,20 @@ def read_manifest(folder: Path) -> list[ShardRow]:
         raise UserError(
             f"{folder} has no {MANIFEST}; make shards with `diptych data build TABLE --out {folder}`"
         )
+    mend = f"write it again with `diptych data index {folder} --overwrite`"
+    return parse_manifest(path.read_text(encoding="utf-8", errors="replace"), str(path), mend)
+
+
+def parse_manifest(text: str, name: str, mend: str) -> list[ShardRow]:
+    """The rows of a manifest. UserError with ``name`` and ``mend`` where a line is not as it should be."""
     rows: list[ShardRow] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             rows.append(_row(json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}: line {number} is no row of a manifest ({error}); "
-                f"write it again with `diptych data index {folder} --overwrite`"
-            ) from error
+            raise UserError(f"{name}: line {number} is no row of a manifest ({error}); {mend}") from error
     if len({row.shard for row in rows}) != len(rows):
-        raise UserError(f"{path} lists a shard twice; write it again with `diptych data index {folder}`")
+        raise UserError(f"{name} lists a shard twice; {mend}")
     return rows
 
 
