@@ -267,11 +267,13 @@ def read_manifest(folder: Path) -> list[ShardRow]:
 def parse_manifest(text: str, name: str, mend: str) -> list[ShardRow]:
     """The rows of a manifest. UserError with ``name`` and ``mend`` where a line is not as it should be."""
     rows: list[ShardRow] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
         try:
             rows.append(_row(json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{name}: line {number} is no row of a manifest ({error}); {mend}") from error
+    if not rows:
+        raise UserError(f"{name} is empty; {mend}")
     if len({row.shard for row in rows}) != len(rows):
         raise UserError(f"{name} lists a shard twice; {mend}")
     return rows
@@ -280,7 +282,7 @@ def parse_manifest(text: str, name: str, mend: str) -> list[ShardRow]:
 def _row(data: Any) -> ShardRow:
     row = ShardRow(**data)
     digests = all(re.fullmatch("[0-9a-f]{16}", digest) for digest in (row.xxh3, row.idx_xxh3))
-    counts = all(type(n) is int and n >= 0 for n in (row.bytes, row.num_ok, row.num_bad))
+    counts = all(type(n) is int and 0 <= n < 1 << 48 for n in (row.bytes, row.num_ok, row.num_bad))
     key = type(row.caption_key) in (str, type(None))
     if not (digests and counts and key and type(row.foreign) is bool):
         raise ValueError("a field has the wrong type")
