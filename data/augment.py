@@ -6,6 +6,7 @@ changes.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from ..configs.load import StrictModel
 
-__all__ = ["AugmentConfig", "least_side", "train_image"]
+__all__ = ["AugmentConfig", "Box", "crop_box", "cut", "draw", "finish", "least_side", "train_image"]
 
 Bytes = NDArray[np.uint8]
 
@@ -71,17 +72,46 @@ class AugmentConfig(StrictModel):
         return self
 
 
+class Box(NamedTuple):
+    """What is cut out of an image, in its pixels. With a margin it may reach over the edges, onto white."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 def train_image(image: Tensor, image_size: int, augment: AugmentConfig, rng: Generator) -> Tensor:
     """One augmented training image, uint8 [3, S, S], of uint8 [3, H, W].
 
     ``rng``: the sample's own random numbers; equal numbers give equal pixels.
     """
-    draws: list[float] = rng.random(_DRAWS).tolist()
+    numbers = draw(rng)
     pixels: Bytes = image.permute(1, 2, 0).numpy()  # interleaved, as decoders leave them
-    if augment.margin:
-        pixels = _on_paper(pixels, augment.margin, draws[_MARGIN])
-    top, left, height, width = _crop_box(pixels.shape[0], pixels.shape[1], augment, draws[_CROP])
-    planes = _resize(pixels[top : top + height, left : left + width], image_size)
+    box = crop_box(pixels.shape[0], pixels.shape[1], augment, numbers)
+    return finish(cut(pixels, box), image_size, augment, numbers)
+
+
+def draw(rng: Generator) -> list[float]:
+    """All random numbers that a sample's augmentation takes."""
+    return rng.random(_DRAWS).tolist()
+
+
+def cut(pixels: Bytes, box: Box) -> Bytes:
+    """The box of uint8 [H, W, 3]: a view, or a copy with white where it reaches over the edges."""
+    top, left, height, width = box
+    inner = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    if inner.shape[:2] == (height, width):
+        return inner
+    sheet = np.full((height, width, 3), 255, dtype=np.uint8)
+    down, right = max(0, -top), max(0, -left)
+    sheet[down : down + inner.shape[0], right : right + inner.shape[1]] = inner
+    return sheet
+
+
+def finish(pixels: Bytes, image_size: int, augment: AugmentConfig, draws: list[float]) -> Tensor:
+    """The crop uint8 [H, W, 3] resized, and mirrored and recoloured as drawn: uint8 [3, S, S]."""
+    planes = _resize(pixels, image_size)
     flip, jitter, grey = draws[_CHANCES]
     if flip < augment.hflip:
         planes = planes[:, :, ::-1]
@@ -100,20 +130,18 @@ def least_side(image_size: int, augment: AugmentConfig) -> int:
     return math.ceil(image_size / math.sqrt(augment.scale[0] * narrowest))
 
 
-def _on_paper(pixels: Bytes, most: float, draws: list[float]) -> Bytes:
-    """The image [H, W, 3] somewhere on a larger white sheet."""
-    height, width, _ = pixels.shape
-    more_height, more_width = round(height * most * draws[0]), round(width * most * draws[0])
-    top, left = int((more_height + 1) * draws[1]), int((more_width + 1) * draws[2])
-    sheet = np.full((height + more_height, width + more_width, 3), 255, dtype=np.uint8)
-    sheet[top : top + height, left : left + width] = pixels
-    return sheet
+def crop_box(height: int, width: int, augment: AugmentConfig, draws: list[float]) -> Box:
+    """The crop of an image: somewhere on the white sheet on which it lies somewhere, if there is a margin."""
+    if not augment.margin:
+        return _random_crop(height, width, augment, draws[_CROP])
+    most, (size, down, right) = augment.margin, draws[_MARGIN]
+    more_height, more_width = round(height * most * size), round(width * most * size)
+    top, left, *sides = _random_crop(height + more_height, width + more_width, augment, draws[_CROP])
+    return Box(top - int((more_height + 1) * down), left - int((more_width + 1) * right), *sides)
 
 
-def _crop_box(
-    height: int, width: int, augment: AugmentConfig, draws: list[float]
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width, distributed as in torchvision's RandomResizedCrop."""
+def _random_crop(height: int, width: int, augment: AugmentConfig, draws: list[float]) -> Box:
+    """Distributed as in torchvision's RandomResizedCrop."""
     least, most = augment.scale
     low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
     for attempt in range(_ATTEMPTS):
@@ -122,14 +150,14 @@ def _crop_box(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             down, right = draws[2 * _ATTEMPTS :]
-            return int((height - h + 1) * down), int((width - w + 1) * right), h, w
+            return Box(int((height - h + 1) * down), int((width - w + 1) * right), h, w)
     if width / height < augment.ratio[0]:
         w, h = width, min(height, max(1, round(width / augment.ratio[0])))
     elif width / height > augment.ratio[1]:
         w, h = min(width, max(1, round(height * augment.ratio[1]))), height
     else:
         w, h = width, height
-    return (height - h) // 2, (width - w) // 2, h, w
+    return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
 def _resize(pixels: Bytes, size: int) -> Bytes:

@@ -1,7 +1,7 @@
-"""Bytes to uint8 pixels: guarded decoding, and open_clip's evaluation preprocessing.
+"""Bytes to uint8 pixels: guarded decoding, a training image's crop, open_clip's evaluation preprocessing.
 
-Pixels stay uint8 [3, H, W] until they are on the device. The orientation that a camera noted in EXIF is not
-applied, as open_clip does not.
+Pixels stay uint8 [3, H, W] until they are on the device. Images are turned as their EXIF orientation asks, by
+every decoder and in training as in evaluation (docs/decoding.md).
 """
 
 import io
@@ -10,17 +10,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from .image_header import MAX_PIXELS, HeaderError, read_header
+from .augment import AugmentConfig, Box, crop_box, cut, draw, finish
+from .image_header import MAX_PIXELS, HeaderError, ImageHeader, read_header
 
 try:
     import simplejpeg  # the extra "fast"
 except ImportError:
     simplejpeg = None
 
-__all__ = ["DecodeError", "Interpolation", "ResizeMode", "decode_image", "eval_image"]
+__all__ = ["DecodeError", "Interpolation", "ResizeMode", "decode_image", "eval_image", "train_pixels"]
+
+Bytes = NDArray[np.uint8]
 
 _PLUGINS: dict[str, Callable[[Any], Image.Image]] = {
     "png": PngImagePlugin.PngImageFile,
@@ -42,63 +47,132 @@ class DecodeError(ValueError):
 
 
 def decode_image(data: bytes, *, max_pixels: int, least: int | None = None) -> Tensor:
-    """uint8 [3, H, W] of a JPEG, PNG or WebP image, transparency laid on white.
+    """uint8 [3, H, W] of a JPEG, PNG or WebP image the way it is to be seen: turned as its EXIF orientation
+    asks, transparency laid on white, the first frame of an animation.
 
     ``least``: the image may come reduced by 2, 4 or 8 as long as no side falls below it; the reduction is
     part of JPEG decoding and several times faster. The size is checked in the header, before anything is
     decoded. Raises DecodeError.
     """
+    header = _header(data, max_pixels)
+    shrink = 1
+    if least is not None and header.format == "jpg":
+        side = min(header.width, header.height)
+        shrink = next(factor for factor in (8, 4, 2, 1) if factor == 1 or side >= factor * least)
+    return torch.from_numpy(np.ascontiguousarray(_decode(data, header, shrink))).permute(2, 0, 1)
+
+
+def train_pixels(
+    data: bytes, image_size: int, augment: AugmentConfig, rng: Generator, *, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """One augmented training image, uint8 [3, S, S], of the bytes of a JPEG, PNG or WebP image.
+
+    What ``train_image`` makes of ``decode_image``, but a JPEG is decoded at a half, a quarter or an eighth of
+    its size where the crop that was drawn still has the target's. The crop is drawn from the size in the
+    header, on the grid that is decoded, so that every decoder gives the same one.
+
+    ``rng``: the sample's own random numbers; equal numbers give equal pixels. Raises DecodeError.
+    """
+    header = _header(data, max_pixels)
+    numbers = draw(rng)
+    shrink, box = _drawn_crop(header, image_size, augment, numbers)
+    pixels = cut(_decode(data, header, shrink), box)
+    if header.rotated:
+        pixels = np.ascontiguousarray(pixels)  # torch knows no backward strides
+    return finish(pixels, image_size, augment, numbers)
+
+
+def _drawn_crop(
+    header: ImageHeader, image_size: int, augment: AugmentConfig, draws: list[float]
+) -> tuple[int, Box]:
+    """The largest factor of 1, 2, 4 and 8 at which the crop covers the target, and the crop at that size."""
+    width, height = header.seen
+    if header.format == "jpg":
+        for shrink in (8, 4, 2):
+            if min(width, height) < shrink:
+                continue
+            box = crop_box(-(-height // shrink), -(-width // shrink), augment, draws)
+            if min(box.height, box.width) >= image_size:
+                return shrink, box
+    return 1, crop_box(height, width, augment, draws)
+
+
+def _header(data: bytes, max_pixels: int) -> ImageHeader:
     try:
         header = read_header(data)
     except HeaderError as error:
         raise DecodeError(str(error)) from error
     if header.width * header.height > max_pixels:
         raise DecodeError(f"{header.width} x {header.height} pixels are too many", "size")
-    shrink = _shrink(min(header.width, header.height), least)
+    return header
+
+
+def _decode(data: bytes, header: ImageHeader, shrink: int) -> Bytes:
+    """uint8 [H, W, 3] as it is to be seen, perhaps a view with backward strides."""
     try:
-        if header.format == "jpg" and simplejpeg is not None:
-            try:
-                return _simplejpeg(data, header.width, header.height, shrink)
-            except ValueError:  # CMYK, or damage; Pillow decides
-                pass
-        return _pillow(data, header.format, shrink)
+        pixels = None
+        if header.format == "jpg" and not header.cmyk and simplejpeg is not None:
+            pixels = _simplejpeg(data, header, shrink)
+        if pixels is None:
+            pixels = _pillow(data, header, shrink)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise DecodeError(f"the {header.format} image is damaged: {error}") from error
+    if pixels.shape[:2] != (-(-header.height // shrink), -(-header.width // shrink)):
+        raise DecodeError(f"the {header.format} image is damaged: its header and its pixels differ in size")
+    return _turned(pixels, header.orientation)
 
 
-def _shrink(side: int, least: int | None) -> int:
-    """The largest factor of 1, 2, 4 and 8 by which a side may shrink."""
-    if least is None:
-        return 1
-    return next(factor for factor in (8, 4, 2, 1) if factor == 1 or side >= factor * least)
+def _turned(pixels: Bytes, orientation: int) -> Bytes:
+    """[H, W, 3] turned and mirrored as EXIF's orientation asks, without a copy."""
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    right = -1 if orientation in (2, 3, 6, 7) else 1
+    return pixels[::down, ::right] if orientation > 1 else pixels
 
 
-def _pillow(data: bytes, kind: str, shrink: int) -> Tensor:
+def _simplejpeg(data: bytes, header: ImageHeader, shrink: int) -> Bytes | None:
+    """None for what is damaged: Pillow decides, so that the same is refused with simplejpeg and without."""
+    least = {"min_height": -(-header.height // shrink), "min_width": -(-header.width // shrink)}
+    decode: Any = simplejpeg
+    try:
+        return decode.decode_jpeg(data, "RGB", **(least if shrink > 1 else {}))
+    except ValueError:
+        return None
+
+
+def _pillow(data: bytes, header: ImageHeader, shrink: int) -> Bytes:
     # by plugin: Image.open would try formats of its own accord, some of which start programs
-    image = _PLUGINS[kind](io.BytesIO(data))
-    if shrink > 1 and kind == "jpg":
+    image = _PLUGINS[header.format](io.BytesIO(data))
+    if shrink > 1 and header.format == "jpg":
         image.draft("RGB", (image.width // shrink, image.height // shrink))
     image.load()
     if image.mode != "RGB" or "transparency" in image.info:
-        image = _rgb(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = _rgb(image, data[24] if header.format == "png" else 8)
+    return np.array(image)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I;16" or image.mode.startswith("I"):  # 16 bits of grey: the upper eight
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+def _rgb(image: Image.Image, depth: int) -> Image.Image:
+    """Any other mode as RGB. ``depth``: bits per channel that a PNG stores."""
+    key = image.info.get("transparency")
+    if image.mode.startswith("I"):  # 16 bits of grey: the upper eight
+        levels = np.asarray(image)
+        grey = (levels >> 8).astype(np.uint8)
+        grey[levels == (-1 if key is None else key)] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "CMYK" and "adobe" not in image.info:  # Pillow takes all for Adobe's, which are inverted
+        image = ImageChops.invert(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
+    # a transparent colour is stored at the file's depth, but Pillow's pixels have eight bits
+    if depth in (2, 4) and isinstance(key, int) and image.mode == "L":
+        image.info["transparency"] = key * 255 // ((1 << depth) - 1)
+    elif depth == 16 and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     image = image.convert("RGBA")
     paper = Image.new("RGB", image.size, "white")
     paper.paste(image, mask=image.getchannel("A"))
     return paper
-
-
-def _simplejpeg(data: bytes, width: int, height: int, shrink: int) -> Tensor:
-    reduced = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
-    decode: Any = simplejpeg
-    return torch.from_numpy(decode.decode_jpeg(data, "RGB", **reduced)).permute(2, 0, 1)
 
 
 def eval_image(

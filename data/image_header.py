@@ -1,4 +1,4 @@
-"""Width, height and format of an image from its first bytes: nothing is decoded, so nothing can blow up."""
+"""Format, size and orientation of an image from its headers: nothing is decoded, so nothing can blow up."""
 
 import struct
 from dataclasses import dataclass
@@ -29,17 +29,30 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image says of itself. ``width`` and ``height`` are those of the stored pixels; ``rotated`` is
-    set if an EXIF orientation asks the viewer to turn or mirror them."""
+    """What an image says of itself. ``width`` and ``height`` are those of the stored pixels; ``orientation``
+    is EXIF's, 1 to 8: how a viewer has to turn or mirror them (1: not at all). ``cmyk``: a JPEG in printers'
+    colours."""
 
     format: str
     width: int
     height: int
-    rotated: bool = False
+    orientation: int = 1
+    cmyk: bool = False
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the stored pixels are not the way that they are to be seen."""
+        return self.orientation > 1
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Width and height as a viewer shows the image: exchanged if it is turned by a quarter."""
+        return (self.height, self.width) if self.orientation > 4 else (self.width, self.height)
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Format and size of a JPEG, PNG or WebP image; HeaderError for anything else."""
+    """Format, size and orientation of a JPEG, PNG or WebP image; HeaderError for anything else. The
+    orientation of a PNG or WebP may stand at its end, so ``data`` is the whole file."""
     try:
         if data[:8] == b"\x89PNG\r\n\x1a\n":
             header = _png(data)
@@ -60,11 +73,23 @@ def _png(data: bytes) -> ImageHeader:
     if data[12:16] != b"IHDR":
         raise HeaderError("a PNG without IHDR")
     width, height = struct.unpack_from(">II", data, 16)
-    return ImageHeader("png", width, height)
+    return ImageHeader("png", width, height, _png_orientation(data))
+
+
+def _png_orientation(data: bytes) -> int:
+    at = 33
+    while at + 8 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind == b"eXIf":
+            return _orientation(data[at + 8 : at + 8 + size])
+        if kind == b"IEND":
+            break
+        at += 12 + size
+    return 1
 
 
 def _jpeg(data: bytes) -> ImageHeader:
-    at, rotated = 2, False
+    at, orientation = 2, 0
     while True:
         if data[at] != 0xFF:
             raise HeaderError("a JPEG without a frame header")
@@ -77,11 +102,11 @@ def _jpeg(data: bytes) -> ImageHeader:
         (length,) = struct.unpack_from(">H", data, at)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 3)
-            return ImageHeader("jpg", width, height, rotated)
+            return ImageHeader("jpg", width, height, orientation or 1, data[at + 7] == 4)
         if marker in (0xD9, 0xDA) or length < 2:
             raise HeaderError("a JPEG without a frame header")
-        if marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
-            rotated = _orientation(data[at + 8 : at + length]) > 1
+        if marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0" and not orientation:
+            orientation = _orientation(data[at + 8 : at + length])
         at += length
 
 
@@ -106,10 +131,10 @@ def _orientation(tiff: bytes) -> int:
 def _webp(data: bytes) -> ImageHeader:
     kind = data[12:16]
     if kind == b"VP8X":
-        rotated = bool(data[20] & 0x08) and _webp_rotated(data)
+        orientation = _webp_orientation(data) if data[20] & 0x08 else 1
         width = 1 + int.from_bytes(_exactly(data, 24, 3), "little")
         height = 1 + int.from_bytes(_exactly(data, 27, 3), "little")
-        return ImageHeader("webp", width, height, rotated)
+        return ImageHeader("webp", width, height, orientation)
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
         return ImageHeader("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
@@ -119,14 +144,14 @@ def _webp(data: bytes) -> ImageHeader:
     raise HeaderError("a WebP without pixels")
 
 
-def _webp_rotated(data: bytes) -> bool:
+def _webp_orientation(data: bytes) -> int:
     at = 12
     while at + 8 <= len(data):
         kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         if kind == b"EXIF":
-            return _orientation(data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0")) > 1
+            return _orientation(data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0"))
         at += 8 + size + (size & 1)
-    return False
+    return 1
 
 
 def _exactly(data: bytes, at: int, size: int) -> bytes:

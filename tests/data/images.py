@@ -1,6 +1,8 @@
 """Pictures to decode."""
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,32 @@ def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    """One chunk of a PNG."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *more: bytes) -> bytes:
+    """A PNG of rows as they are stored, with more chunks before them."""
+    rows = [pixels[i : i + len(pixels) // height] for i in range(0, len(pixels), len(pixels) // height)]
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)),
+            *more,
+            chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+def turned(image: Image.Image, kind: str, orientation: int, **options: Any) -> bytes:
+    """The image stored with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return stored(image, kind, exif=exif, **options)
 
 
 def planes(image: Any) -> Tensor:

@@ -4,7 +4,6 @@ in words."""
 import io
 import struct
 import warnings
-import zlib
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,12 @@ import open_clip
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diptych.data import decode
 from diptych.data.decode import DecodeError, decode_image, eval_image
 
-from .images import photo, planes, stored
+from .images import chunk, photo, planes, png, stored, turned
 
 MANY = 10**8
 
@@ -71,22 +70,106 @@ def test_palettes_and_colour_keys_may_be_transparent_too() -> None:
     ]
 
 
-def test_grey_bits_deep_grey_and_cmyk_become_rgb() -> None:
-    levels = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
-    assert (
-        decode_image(stored(Image.fromarray(levels)), max_pixels=MANY)[:, 0].tolist() == [[0, 0, 1, 255]] * 3
-    )
-    bits = Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1")
-    assert decode_image(stored(bits), max_pixels=MANY)[:, 0].tolist() == [[0, 255]] * 3
-    grey = photo(40, 30).convert("L")
-    for kind in ("PNG", "JPEG"):
-        data = stored(grey, kind)
-        assert torch.equal(
-            decode_image(data, max_pixels=MANY), planes(Image.open(io.BytesIO(data)).convert("RGB"))
-        )
-    cmyk = stored(photo(40, 30).convert("CMYK"), "JPEG")
-    truth = planes(Image.open(io.BytesIO(cmyk)).convert("RGB"))
-    assert (decode_image(cmyk, max_pixels=MANY).int() - truth.int()).abs().max() <= 1
+DEPTHS = [
+    *((depth, 0) for depth in (1, 2, 4, 8, 16)),
+    *((depth, 3) for depth in (1, 2, 4, 8)),
+    *((depth, colour) for depth in (8, 16) for colour in (2, 4, 6)),
+]
+
+
+@pytest.mark.parametrize(("depth", "colour"), DEPTHS)
+@pytest.mark.parametrize("keyed", [False, True])
+def test_pngs_of_every_kind_are_what_their_numbers_say(depth: int, colour: int, keyed: bool) -> None:
+    """Against the standard's arithmetic: samples to eight bits, colour keys at the file's depth."""
+    rng = np.random.default_rng(depth * 8 + colour)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    values = rng.integers(0, 2**depth, (6, 8, channels))
+    bits = (values.reshape(6, -1, 1) >> np.arange(depth)[::-1]) & 1
+    rows = np.packbits(bits.reshape(6, -1).astype(np.uint8), axis=1).tobytes()
+    palette = rng.integers(0, 256, (2 ** min(depth, 8), 4), dtype=np.uint8)
+    more: list[bytes] = []
+    levels = values >> 8 if depth == 16 else values * 255 // (2**depth - 1)
+    rgb, alpha = levels[..., [0, 0, 0]], np.full((6, 8), 255)
+    if colour in (2, 6):
+        rgb = levels[..., :3]
+    if colour in (4, 6):
+        alpha = levels[..., -1]
+    if colour == 3:
+        rgb = palette[values[..., 0], :3]
+        more.append(chunk(b"PLTE", palette[:, :3].tobytes()))
+        if keyed:
+            more.append(chunk(b"tRNS", palette[:-1, 3].tobytes()))  # what it leaves out is opaque
+            alpha = np.append(palette[:-1, 3], 255)[values[..., 0]]
+    elif keyed and colour in (0, 2):
+        key = values[2, 3]
+        more.append(chunk(b"tRNS", struct.pack(f">{channels}H", *key)))
+        alpha = np.where((values == key).all(-1), 0, 255)
+    got = decode_image(png(8, 6, depth, colour, rows, *more), max_pixels=MANY).permute(1, 2, 0).numpy()
+    assert np.abs(got - on_white(np.dstack([rgb, alpha]))).max() <= 1
+    if alpha.min() == 255:
+        assert np.array_equal(got, rgb)
+
+
+def test_grey_jpegs_are_pillows() -> None:
+    data = stored(photo(40, 30).convert("L"), "JPEG")
+    truth = planes(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert torch.equal(decode_image(data, max_pixels=MANY), truth)
+
+
+def without_adobe(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xee")
+    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_printers_colours_inverted_by_adobe_or_not(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fast:
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    y, x = np.mgrid[:32, :48]
+    ink = np.dstack([x * 5, y * 7, 255 - x * 5, y * 3]).astype(np.uint8)
+    truth = (255.0 - ink[..., :3]) * (255.0 - ink[..., 3:]) / 255
+    inverted = stored(Image.fromarray(ink, "CMYK"), "JPEG", quality=100)
+    straight = without_adobe(stored(Image.fromarray(255 - ink, "CMYK"), "JPEG", quality=100))
+    for data in (inverted, straight):
+        got = decode_image(data, max_pixels=MANY).permute(1, 2, 0).numpy()
+        assert np.abs(got - truth).max() <= 4
+
+
+def test_printers_colours_as_luma_and_chroma(require: Any) -> None:
+    require(decode.simplejpeg is not None, "simplejpeg is not installed")
+    encode: Any = decode.simplejpeg
+    y, x = np.mgrid[:32, :48]
+    ink = np.dstack([x * 5, y * 7, 255 - x * 5, y * 3]).astype(np.uint8)
+    data = encode.encode_jpeg(255 - ink, quality=100, colorspace="CMYK")  # YCCK, with Adobe's mark
+    got = decode_image(data, max_pixels=MANY).permute(1, 2, 0).numpy()
+    assert np.abs(got - (255.0 - ink[..., :3]) * (255.0 - ink[..., 3:]) / 255).max() <= 6
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_moving_pictures_the_first_is_taken(kind: str) -> None:
+    frames = [photo(40, 30, seed) for seed in range(3)]
+    data = stored(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True, duration=40)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert torch.equal(decode_image(data, max_pixels=MANY), planes(frames[0]))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_images_are_turned_as_exif_asks(
+    orientation: int, kind: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fast:
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    data = turned(photo(83, 61), kind, orientation)
+    truth = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = decode_image(data, max_pixels=MANY)
+    assert torch.equal(image, planes(truth))
+    assert image.stride()[0] == 1  # interleaved: what the resizing takes without a copy
+    assert torch.equal(eval_image(data, 32), eval_image(planes(truth), 32))
+    if kind == "JPEG":
+        height, width = decode_image(data, max_pixels=MANY, least=30).shape[1:]
+        assert (width, height) == tuple(-(-side // 2) for side in truth.size)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -114,6 +197,33 @@ def test_both_jpeg_decoders_agree(require: Any, monkeypatch: pytest.MonkeyPatch)
             patch.setattr(decode, "simplejpeg", None)
             slow = decode_image(data, max_pixels=MANY, least=least)
         assert (fast.int() - slow.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_jpeg_that_lacks_its_last_bytes_is_damaged(
+    options: dict[str, Any], mode: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fast:
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    data = stored(photo(70, 50).convert(mode), "JPEG", **options)
+    decode_image(data + b"what follows is no part of it", max_pixels=MANY)
+    for end in [*range(len(data) - 40, len(data)), *range(2, len(data), 37)]:
+        for least in (None, 10):
+            with pytest.raises(DecodeError):
+                decode_image(data[:end], max_pixels=MANY, least=least)
+
+
+def test_a_header_that_lies_about_the_size_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored(photo(70, 50), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    twice = data[:frame] + data[frame : frame + 5] + struct.pack(">HH", 9, 9) + data[frame + 9 : frame + 19]
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr(decode, "simplejpeg", None)
+        with pytest.raises(DecodeError, match="damaged"):
+            decode_image(twice + data[frame:], max_pixels=MANY)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -150,17 +260,9 @@ def test_what_is_no_jpeg_png_or_webp_is_refused(data: bytes) -> None:
 
 def bomb(width: int, height: int) -> bytes:
     """A small PNG that claims to be huge."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    small = png(1, 1, 8, 2, bytes(3))
+    start = small[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + small[24:29])
+    return start + small[33:]
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diptych.data.image_header import FORMATS, HeaderError, ImageHeader, read_header
 
@@ -46,17 +46,46 @@ def test_pillow_sees_the_same_size(
 ) -> None:
     data = saved(mode, size, kind, **options)
     assert Image.open(io.BytesIO(data)).size == size
-    assert read_header(data) == ImageHeader({"JPEG": "jpg"}.get(kind, kind.lower()), *size)
+    named = {"JPEG": "jpg"}.get(kind, kind.lower())
+    assert read_header(data) == ImageHeader(named, *size, cmyk=mode == "CMYK")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_an_exif_orientation_is_noticed_and_not_applied(kind: str, orientation: int) -> None:
+def test_exifs_orientation_is_told_beside_the_stored_size(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x010F] = "maker"
     exif[0x0112] = orientation
-    header = read_header(saved("RGB", (8, 5), kind, exif=exif))
-    assert header == ImageHeader({"JPEG": "jpg"}.get(kind, "webp"), 8, 5, rotated=2 <= orientation <= 8)
+    data = saved("RGB", (8, 5), kind, exif=exif)
+    header = read_header(data)
+    known = orientation if 1 <= orientation <= 8 else 1
+    assert header == ImageHeader({"JPEG": "jpg"}.get(kind, kind.lower()), 8, 5, known)
+    assert header.rotated == (known > 1)
+    assert header.seen == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+
+
+def test_a_pngs_orientation_may_stand_behind_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = saved("RGB", (8, 5), "PNG"), saved("RGB", (8, 5), "PNG", exif=exif)
+    at = turned.index(b"eXIf") - 4
+    chunk = turned[at : at + 12 + int.from_bytes(turned[at : at + 4], "big")]
+    assert read_header(plain[:-12] + chunk + plain[-12:]).orientation == 6
+    assert read_header(plain + chunk).orientation == 1  # behind the end
+    for end in range(at, at + len(chunk)):
+        assert read_header(turned[:end]).orientation in (1, 6)
+
+
+def test_the_first_exif_of_a_jpeg_counts() -> None:
+    one, two = Image.Exif(), Image.Exif()
+    one[0x0112], two[0x0112] = 1, 6
+    data, other = (saved("RGB", (8, 5), "JPEG", exif=exif) for exif in (one, two))
+    at = other.index(b"Exif\0\0") - 4
+    block = other[at : at + 2 + int.from_bytes(other[at + 2 : at + 4], "big")]
+    assert read_header(data[:2] + block + data[2:]).orientation == 6
+    end = data.index(b"Exif\0\0") - 4 + 2
+    end += int.from_bytes(data[end : end + 2], "big")
+    assert read_header(data[:end] + block + data[end:]).orientation == 1
 
 
 def test_big_endian_and_damaged_exif() -> None:
