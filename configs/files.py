@@ -28,7 +28,8 @@ def cache_dir() -> Path:
 
 def resolve_data_path(text: str | Path) -> Path:
     """The path that a config names: ``corpus:NAME/REST`` lies in the cache's ``corpora`` folder, anything
-    else is a path as it stands (``~`` is the home folder).
+    else is a path as it stands (``~`` is the home folder). A URL comes back as a path too, which names no
+    file of this machine; ``open_shards`` understands it.
 
     Raises UserError for a corpus that was not fetched and for a name that leaves the folder of corpora.
     """

@@ -7,7 +7,8 @@ whether its bytes are still those that were written.
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from ..configs.errors import UserError
-from ..configs.files import resolve_data_path
+from ..configs.files import cache_dir, resolve_data_path
+from .cache import FileCache
 from .image_header import FORMATS
 from .index import (
     CAPTION_IN_JSON,
-    OK,
+    MANIFEST,
     RECORD,
     Index,
     ShardRow,
@@ -29,15 +31,19 @@ from .index import (
     idx_path,
     key_hash,
     load_json,
-    map_index,
+    parse_manifest,
     read_manifest,
     text_hash,
 )
+from .remote import RemoteFolder, as_url
+from .stores import CachedStore, LocalStore, OpenedShard, RangeStore, ShardStore
 from .writer import RefusedSample, ShardWriter
 
 __all__ = ["DamagedSample", "RawSample", "RefusedSample", "ShardSet", "ShardWriter", "open_shards"]
 
 OPEN_SHARDS = 128  # tars and indexes, two files each, that a process keeps open
+INDEX_BYTES = 512 << 20  # indexes in memory, of shards that are read by range requests
+OPENED_TOGETHER = 8  # shards that one call fetches at the same time
 
 
 class DamagedSample(Exception):
@@ -68,35 +74,6 @@ class RawSample:
     shard: str
 
 
-class _OpenedShard:
-    """A tar's file descriptor and its mapped index. The descriptor lives as long as anyone holds this."""
-
-    def __init__(self, tar: Path, row: ShardRow) -> None:
-        self.index = map_index(idx_path(tar))
-        if not self.index.belongs_to(row):
-            raise UserError(f"{idx_path(tar)} is not the index of {tar}; index the folder again")
-        if not self.index.is_sound():
-            raise UserError(f"{idx_path(tar)} points outside of {tar}; index the folder again")
-        # record numbers of the usable samples, None where all are
-        self.ok = np.flatnonzero(self.index.records["flags"] & OK) if row.num_bad else None
-        self.fd = -1
-        self.fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
-            os.close(self.fd)
-
-    def pread(self, size: int, offset: int) -> bytes:
-        """``size`` bytes at ``offset``; fewer only where the file ends."""
-        data = os.pread(self.fd, size, offset)
-        while len(data) < size:
-            more = os.pread(self.fd, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-
 class ShardSet:
     """A folder of shards, read at random. Made by ``open_shards``.
 
@@ -104,8 +81,11 @@ class ShardSet:
     each process opens its own files when it needs them. Safe for threads.
     """
 
-    def __init__(self, folder: Path, rows: list[ShardRow]) -> None:
-        self.folder = folder
+    def __init__(self, store: ShardStore, rows: list[ShardRow]) -> None:
+        self._store = store
+        self.folder: Path | RemoteFolder = store.folder
+        """Where it lies; ``folder / name`` is the place of a file, for messages."""
+        self.is_remote: bool = not isinstance(store, LocalStore)
         self.rows = rows
         """The manifest."""
         self.fingerprint: str = fingerprint(rows)
@@ -119,7 +99,7 @@ class ShardSet:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._opened: OrderedDict[int, _OpenedShard] = OrderedDict()
+        self._opened: OrderedDict[int, OpenedShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_opened": None, "_by_hash": None}
@@ -134,26 +114,49 @@ class ShardSet:
     def __repr__(self) -> str:
         return f"ShardSet({str(self.folder)!r}: {len(self)} samples in {len(self.rows)} shards)"
 
-    def _open(self, shard: int) -> _OpenedShard:
+    def _open(self, shard: int) -> OpenedShard:
         if self._pid != os.getpid():  # a forked child
             self._reset()
         opened = self._opened.pop(shard, None)
         if opened is None:
-            opened = _OpenedShard(self.folder / self.shard_names[shard], self.rows[shard])
+            opened = self._store.open(self.rows[shard])
+            if self.is_remote:
+                self._make_room(opened.memory)
         self._opened[shard] = opened
         while len(self._opened) > OPEN_SHARDS:
             self._opened.popitem(last=False)
         return opened
 
+    def _make_room(self, memory: int) -> None:
+        """Close shards that were evicted from the cache, and the least recent ones whose indexes fill the
+        memory."""
+        opened = list(self._opened.items())
+        memory += sum(one.memory for _, one in opened)
+        for shard, one in opened:
+            if one.is_left() or (one.memory and memory > INDEX_BYTES):
+                memory -= one.memory
+                self._opened.pop(shard, None)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """A hint that these shards will be read, in this order; returns at once.
+
+        Threads bring them into the cache, in place of those hinted at before, as far as there is room in it
+        that is not in use. Nothing happens for local folders and range reads.
+        """
+        self._store.prefetch([self.rows[shard] for shard in shards])
+
     def locate(self, sample_id: int) -> tuple[int, int]:
         """Shard number and record number of a sample; IndexError outside ``0 <= sample_id < len(self)``."""
-        if not 0 <= sample_id < self._ends[-1]:
-            raise IndexError(f"sample {sample_id} of {len(self)} in {self.folder}")
-        shard = bisect_right(self._ends, sample_id)
+        shard = self._shard_of(sample_id)
         row = self.rows[shard]
         record = int(sample_id) - (self._ends[shard] - row.num_ok)
         ok = self._open(shard).ok if row.num_bad else None
         return shard, record if ok is None else int(ok[record])
+
+    def _shard_of(self, sample_id: int) -> int:
+        if not 0 <= sample_id < self._ends[-1]:
+            raise IndexError(f"sample {sample_id} of {len(self)} in {self.folder}")
+        return bisect_right(self._ends, sample_id)
 
     def records(self, shard: int) -> NDArray[np.void]:
         """The index of a shard, dtype ``index.RECORD``, unusable samples included: offsets, sizes, ``width``,
@@ -167,15 +170,67 @@ class ShardSet:
     def read(self, sample_id: int) -> RawSample:
         """One sample, its bytes checked against the index.
 
-        Raises DamagedSample if they differ or end early, OSError if the file system fails, IndexError for
-        an id that does not exist.
+        Raises DamagedSample if they differ or end early, OSError if the file system fails, UserError if a
+        remote file cannot be had after several tries or is not the manifest's, IndexError for an id that does
+        not exist.
         """
+        shard, opened, record = self._record(sample_id)
+        spans = _spans(record)
+        return self._sample(sample_id, shard, opened, record, [opened.pread(n, at) for at, n in spans])
+
+    def read_many(self, sample_ids: Sequence[int]) -> list[RawSample | DamagedSample]:
+        """Samples, or what is wrong with each. Their shards are fetched, and range requests made, several at
+        a time; of a local folder they are read one after the other. Raises as ``read`` does otherwise."""
+        if not self.is_remote:
+            return [self._attempt(sample_id) for sample_id in sample_ids]
+        self._fetch({self._shard_of(sample_id) for sample_id in sample_ids})
+        if not isinstance(self._store, RangeStore):
+            return [self._attempt(sample_id) for sample_id in sample_ids]
+        found = [self._record(sample_id) for sample_id in sample_ids]
+        spans = [_spans(record) for _, _, record in found]
+        wanted = [
+            (self.rows[shard], offset, size)
+            for (shard, _, _), parts in zip(found, spans, strict=True)
+            for offset, size in parts
+        ]
+        blocks = iter(self._store.read(wanted))
+        out: list[RawSample | DamagedSample] = []
+        for sample_id, (shard, opened, record), parts in zip(sample_ids, found, spans, strict=True):
+            got = [next(blocks) for _ in parts]
+            try:
+                out.append(self._sample(sample_id, shard, opened, record, got))
+            except DamagedSample as error:
+                out.append(error)
+        return out
+
+    def _attempt(self, sample_id: int) -> RawSample | DamagedSample:
+        try:
+            return self.read(sample_id)
+        except DamagedSample as error:
+            return error
+
+    def _fetch(self, shards: set[int]) -> None:
+        """Have these shards at hand, several downloads at a time."""
+        missing = [shard for shard in sorted(shards) if shard not in self._opened]
+        if len(missing) < 2 or self._pid != os.getpid():
+            return
+        with ThreadPoolExecutor(min(OPENED_TOGETHER, len(missing))) as pool:
+            list(pool.map(lambda shard: self._open(shard).ready(), missing))
+
+    def _record(self, sample_id: int) -> tuple[int, OpenedShard, dict[str, int]]:
+        """Shard number, shard and index record of a sample."""
         shard, number = self.locate(sample_id)
-        opened, name = self._open(shard), self.shard_names[shard]
+        opened = self._open(shard)
         # plain numbers, read field by field only once: numpy's are ten times as slow here
-        record = dict(zip(_FIELDS, opened.index.records[number].item(), strict=True))
+        return shard, opened, dict(zip(_FIELDS, opened.index.records[number].item(), strict=True))
+
+    def _sample(
+        self, sample_id: int, shard: int, opened: OpenedShard, record: Mapping[str, int], blocks: list[bytes]
+    ) -> RawSample:
+        """The sample whose bytes at ``_spans(record)`` are ``blocks``, if they are what was indexed."""
+        name = self.shard_names[shard]
         key = opened.index.key_at(record["key_offset"], record["key_size"])
-        image, caption, meta_bytes = _members(opened, record)
+        image, caption, meta_bytes = _members(record, blocks)
         if len(image) + len(caption) + len(meta_bytes) != sum(record[name] for name in _SIZES):
             raise DamagedSample(name, key, "missing")
         if xxh3_64_intdigest(image) != record["image_xxh3"]:
@@ -235,40 +290,78 @@ _FIELDS = RECORD.names or ()
 _SIZES = ("image_size", "caption_size", "json_size")
 
 
-def _members(opened: _OpenedShard, record: Mapping[str, int]) -> tuple[bytes, bytes, bytes]:
-    """Image, caption and JSON bytes of a record, shorter where the file ends before them; one read where they
-    lie together, as they do."""
+def _spans(record: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Offset and size of what is read for a record: one block where image, caption and JSON lie together, as
+    they do, else each."""
     image, caption, meta = record["image_offset"], record["caption_offset"], record["json_offset"]
     image_size, caption_size, meta_size = (record[name] for name in _SIZES)
     start = min(image, caption or image, meta or image)
     end = max(image + image_size, caption + caption_size, meta + meta_size)
     if end - start > image_size + caption_size + meta_size + 8192:  # far apart
-        return (
-            opened.pread(image_size, image),
-            opened.pread(caption_size, caption),
-            opened.pread(meta_size, meta),
-        )
-    block = opened.pread(end - start, start)
+        return [(image, image_size), (caption, caption_size), (meta, meta_size)]
+    return [(start, end - start)]
+
+
+def _members(record: Mapping[str, int], blocks: list[bytes]) -> tuple[bytes, bytes, bytes]:
+    """Image, caption and JSON bytes of a record, shorter where the file ends before them."""
+    if len(blocks) == 3:
+        return blocks[0], blocks[1], blocks[2]
+    image, caption, meta = record["image_offset"], record["caption_offset"], record["json_offset"]
+    start, block = min(image, caption or image, meta or image), blocks[0]
 
     def cut(at: int, size: int) -> bytes:
         return block[at - start : at - start + size] if size else b""
 
-    return cut(image, image_size), cut(caption, caption_size), cut(meta, meta_size)
+    return (
+        cut(image, record["image_size"]),
+        cut(caption, record["caption_size"]),
+        cut(meta, record["json_size"]),
+    )
 
 
-def open_shards(folder: str | Path) -> ShardSet:
-    """Open a folder of shards; ``corpus:NAME/SPLIT`` is one of a fetched corpus.
+def open_shards(
+    folder: str | Path,
+    *,
+    cache_gb: float = 50.0,
+    cache: str | Path | None = None,
+    check_files: bool = True,
+) -> ShardSet:
+    """Open a folder of shards: a path, ``corpus:NAME/SPLIT`` of a fetched corpus, or a URL (``s3://``,
+    ``gs://``, ``hf://``, ``https://``).
+
+    Whole shards of a URL are kept on this machine's disk, in ``cache`` (by default ``shards`` in
+    ``cache_dir()``), at most ``cache_gb`` (10^9 bytes) of them for all processes together; with 0 samples are
+    fetched one by one and nothing is kept. ``check_files``: look whether all local files are there.
 
     Raises UserError, with the mend, if there is no such folder, no ``manifest.jsonl``, a shard or index is
-    missing or has another size than the manifest says, or no sample can be used.
+    missing or has another size than the manifest says, or no sample can be used. Of a URL only the manifest
+    is looked at.
     """
-    folder = resolve_data_path(folder)
-    rows = read_manifest(folder)
-    for row in rows:
-        _check_files(folder, row)
+    if cache_gb < 0:
+        raise UserError(f"data.cache_gb: {cache_gb} must be 0 or more")
+    store: ShardStore
+    if (url := as_url(folder)) is not None:
+        remote = RemoteFolder(url)
+        if cache_gb == 0:
+            store = RangeStore(remote)
+        else:
+            where = cache_dir() / "shards" if cache is None else Path(cache).expanduser()
+            store = CachedStore(remote, FileCache(where, int(cache_gb * 1e9)))
+        rows = _remote_manifest(remote)
+    else:
+        path = resolve_data_path(folder)
+        store, rows = LocalStore(path), read_manifest(path)
+        for row in rows if check_files else ():
+            _check_files(path, row)
     if not sum(row.num_ok for row in rows):
-        raise UserError(f"{folder} holds no usable sample; see `diptych data verify {folder}`")
-    return ShardSet(folder, rows)
+        raise UserError(f"{store.folder} holds no usable sample; see `diptych data verify {store.folder}`")
+    return ShardSet(store, rows)
+
+
+def _remote_manifest(folder: RemoteFolder) -> list[ShardRow]:
+    file = folder / MANIFEST
+    mend = "index the set with `diptych data index` and upload its manifest and indexes"
+    return parse_manifest(file.read().decode("utf-8", "replace"), str(file), mend)
 
 
 def _check_files(folder: Path, row: ShardRow) -> None:
