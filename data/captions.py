@@ -6,8 +6,9 @@ from numpy.random import Generator
 from pydantic import Field, model_validator
 
 from ..configs.load import StrictModel
+from .text import Truncate
 
-__all__ = ["CaptionConfig", "choose_caption"]
+__all__ = ["CaptionConfig", "choose_caption", "choose_text", "word"]
 
 
 class CaptionConfig(StrictModel):
@@ -25,6 +26,14 @@ class CaptionConfig(StrictModel):
     """The most tags that are joined; the number is drawn from 1 to this."""
     fields: dict[str, float] = Field(default_factory=dict)
     """Other JSON keys with their weights: a string is taken as it stands, of a list one string is drawn."""
+    templates: tuple[str, ...] = ()
+    """Sentences with ``{}`` for the text, for data whose texts are class names: "a photo of a {}". One is
+    drawn for each sample in each epoch; a blank text stays blank."""
+    lower: bool = False
+    """Whether captions are put in lower case. CLIP's own tokenizer does so anyway."""
+    truncate: Truncate = "end"
+    """What is left of a caption that is longer than the model's context: its beginning ("end" is cut off),
+    its first whole sentences ("sentence"), or from a drawn word on what fits ("random")."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> "CaptionConfig":
@@ -32,11 +41,27 @@ class CaptionConfig(StrictModel):
             raise ValueError(f"fields: the weight of {negative[0]} must not be negative")
         if not self.txt + self.names + self.tags + sum(self.fields.values()) > 0:
             raise ValueError("all weights are 0; give txt, names, tags or one of fields a weight")
+        if wrong := [template for template in self.templates if template.count("{}") != 1]:
+            raise ValueError(f"templates: '{wrong[0]}' must have {{}} once, where the text goes")
         return self
 
 
 def choose_caption(config: CaptionConfig, caption: str, meta: dict[str, Any], rng: Generator) -> str:
-    """The text of one sample. ``rng``: the sample's own random numbers in this epoch."""
+    """What a sample's image is shown with: a text, worded. ``rng``: the sample's own random numbers in this
+    epoch."""
+    return word(config, choose_text(config, caption, meta, rng), rng)
+
+
+def word(config: CaptionConfig, text: str, rng: Generator) -> str:
+    """The text in a drawn template, in lower case if so configured. Samples of one text are of one meaning
+    whatever the template, so their hash is the text's."""
+    if config.templates and text.strip():
+        text = config.templates[int(rng.random() * len(config.templates))].replace("{}", text)
+    return text.lower() if config.lower else text
+
+
+def choose_text(config: CaptionConfig, caption: str, meta: dict[str, Any], rng: Generator) -> str:
+    """One of a sample's texts, drawn by weight."""
     weights = {"names": config.names, "tags": config.tags, **config.fields}
     texts = {key: _strings(meta.get(key)) for key, weight in weights.items() if weight > 0}
     choices = [(key, weights[key]) for key, found in texts.items() if found]

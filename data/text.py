@@ -5,11 +5,13 @@ batch are padding (``pretrain.packing``). Ids are kept, so that a caption that c
 """
 
 import functools
+import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +22,17 @@ from torch import Tensor
 
 from ..configs.errors import UserError
 
-__all__ = ["Tokenizer", "build_tokenizer", "canonical_caption", "caption_hash"]
+__all__ = ["Tokenizer", "Truncate", "build_tokenizer", "canonical_caption", "caption_hash", "tokenizer_for"]
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
+Encode = Callable[[Sequence[str]], list[tuple[list[int], bool]]]
+Truncate = Literal["end", "sentence", "random"]
+"""What is left of a caption that is longer than the context: its beginning, its first whole sentences (its
+beginning, where the first sentence is too long), or a window that is drawn."""
 
 KEPT_CAPTIONS = 1 << 16
 KEPT_WORDS = 1 << 18
+
+_SENTENCE = re.compile(r"""[.!?\u2026]+["')\]\u201d\u2019]*(?=\s)|[\u3002\uff01\uff1f]|\n""")
 
 
 class Tokenizer:
@@ -37,6 +44,8 @@ class Tokenizer:
     """The most ids of a caption; longer ones are cut, the end-of-text id kept."""
     pad_id: int
     """What open_clip fills the rest of a padded caption with."""
+    cut: int
+    """How many captions of the last ``pack`` were longer than the context and lost something."""
 
     def __init__(
         self,
@@ -46,32 +55,77 @@ class Tokenizer:
         pad_id: int,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """``encode``: captions to lists of 1 to ``context_length`` ids. See ``build_tokenizer``."""
+        """``encode``: captions to lists of 1 to ``context_length`` ids, and whether the end is missing. See
+        ``build_tokenizer``."""
         self.name = name
         self.context_length = context_length
         self.pad_id = pad_id
         self._encode = encode
         self._settings = dict(settings or {})
-        self._kept: dict[str, NDArray[np.int32]] = {}
+        self._kept: dict[str, tuple[NDArray[np.int32], bool]] = {}
+        self._kept_sentences: dict[str, tuple[NDArray[np.int32], bool]] = {}
+        self.cut = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return build_tokenizer, (self.name, self.context_length, self._settings)
 
-    def pack(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def pack(
+        self, captions: Sequence[str], truncate: Truncate = "end", draws: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``token_ids`` int32 [sum(seq_lens)], the captions' ids one after another, and ``seq_lens`` int32
-        [b]."""
-        kept = self._kept
+        [b]. ``cut`` then tells how many captions were too long.
+
+        ``truncate``: what is left of those; "random" takes a number in [0, 1) per caption from ``draws``.
+        """
+        if truncate == "sentence":
+            rows = self._rows(self._kept_sentences, captions, self._sentences)
+        else:
+            rows = self._rows(self._kept, captions, self._encode)
+        self.cut = sum(cut for _, cut in rows)
+        parts = [ids for ids, _ in rows]
+        if truncate == "random" and self.cut:
+            assert draws is not None, "random windows need draws"
+            for i, (_, cut) in enumerate(rows):
+                if cut:
+                    window = self._window(captions[i], draws[i])
+                    parts[i] = np.array(self._encode([window])[0][0], dtype=np.int32)
+        seq_lens = torch.tensor([len(part) for part in parts], dtype=torch.int32)
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *parts])), seq_lens
+
+    def _rows(
+        self, kept: dict[str, tuple[NDArray[np.int32], bool]], captions: Sequence[str], encode: Encode
+    ) -> list[tuple[NDArray[np.int32], bool]]:
         unknown = list(dict.fromkeys(caption for caption in captions if caption not in kept))
         if unknown:
             if len(kept) > KEPT_CAPTIONS:  # the older half
                 for caption in list(islice(kept, len(kept) // 2)):
                     del kept[caption]
                 unknown = list(dict.fromkeys(caption for caption in captions if caption not in kept))
-            for caption, ids in zip(unknown, self._encode(unknown), strict=True):
-                kept[caption] = np.array(ids, dtype=np.int32)
-        rows = [kept[caption] for caption in captions]
-        seq_lens = torch.tensor([len(row) for row in rows], dtype=torch.int32)
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *rows])), seq_lens
+            for caption, (ids, cut) in zip(unknown, encode(unknown), strict=True):
+                kept[caption] = np.array(ids, dtype=np.int32), cut
+        return [kept[caption] for caption in captions]
+
+    def _fits(self, caption: str) -> bool:
+        return not self._encode([caption])[0][1]
+
+    def _sentences(self, captions: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """Encode, leaving out the last sentences of what is too long."""
+        rows = self._encode(captions)
+        for i, (caption, (_, cut)) in enumerate(zip(captions, rows, strict=True)):
+            if cut:
+                ends = [found.end() for found in _SENTENCE.finditer(caption)]
+                fitting = bisect_left(ends, True, key=lambda end: not self._fits(caption[:end]))
+                if fitting:
+                    rows[i] = self._encode([caption[: ends[fitting - 1]]])[0][0], True
+        return rows
+
+    def _window(self, caption: str, draw: float) -> str:
+        """The caption from a drawn word on: from any up to the first from which the whole rest fits."""
+        starts: Sequence[int] = [found.start() for found in re.finditer(r"\S+", caption)]
+        if not self._fits(caption[starts[-1] :]):  # one endless word, or a script without spaces
+            starts = range(len(caption))
+        last = bisect_left(starts, True, key=lambda start: self._fits(caption[start:]))
+        return caption[starts[int(draw * min(last + 1, len(starts)))] :]
 
 
 def build_tokenizer(
@@ -100,6 +154,22 @@ def build_tokenizer(
     return Tokenizer(_HuggingFaceEncode(tokenizer, pad_id), name, context_length, pad_id, settings)
 
 
+def tokenizer_for(text_cfg: Mapping[str, Any], folder: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a model, from the ``text_cfg`` of its open_clip config, as ``open_clip.get_tokenizer``
+    reads it: ``hf_tokenizer_name``, ``context_length``, ``tokenizer_kwargs`` and ``tokenizer_mode``.
+
+    ``folder``: where the files of a Hugging Face tokenizer are, in place of the name. Raises UserError if the
+    tokenizer cannot be had.
+    """
+    name = text_cfg.get("hf_tokenizer_name") or None
+    settings = dict(text_cfg.get("tokenizer_kwargs") or {})
+    if name and text_cfg.get("tokenizer_mode"):
+        settings["tokenizer_mode"] = text_cfg["tokenizer_mode"]
+    if name and folder is not None:
+        name = str(folder)
+    return build_tokenizer(name, int(text_cfg.get("context_length") or 77), settings)
+
+
 class _ClipEncode:
     """open_clip's SimpleTokenizer, word by word with ids kept, about five times as fast."""
 
@@ -109,14 +179,14 @@ class _ClipEncode:
         self._quick = clean == "lower"
         self._words: dict[str, list[int]] = {}
 
-    def __call__(self, captions: Sequence[str]) -> list[list[int]]:
+    def __call__(self, captions: Sequence[str]) -> list[tuple[list[int], bool]]:
         start, end, length = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id, self._context_length
-        rows: list[list[int]] = []
+        rows: list[tuple[list[int], bool]] = []
         for caption in captions:
             ids = [start]
             for word in self._tokenizer.pat.findall(self._clean(caption)):
                 ids += self._words.get(word) or self._word(word)
-            rows.append([*ids[: length - 1], end])
+            rows.append(([*ids[: length - 1], end], len(ids) >= length))
         return rows
 
     def _clean(self, caption: str) -> str:
@@ -154,18 +224,29 @@ class _HuggingFaceEncode:
         self._tokenizer = tokenizer
         self._pad_id = pad_id
 
-    def __call__(self, captions: Sequence[str]) -> list[list[int]]:
+    def __call__(self, captions: Sequence[str]) -> list[tuple[list[int], bool]]:
         own = self._tokenizer
         length = own.context_length
         assert length is not None
-        if own.tokenizer_mode == "clips":  # the class token stands at the very end: nothing to take off
-            return own(list(captions), length).tolist()
         cleaned = [own.clean_fn(caption) for caption in captions]
+        if own.tokenizer_mode == "clips":  # the class token stands at the very end: nothing to take off
+            rows = own(list(captions), length).tolist()
+            whole = self._lengths(cleaned, add_special_tokens=False)
+            return [(row, n > length - 3) for row, n in zip(rows, whole, strict=True)]
         rows = own.tokenizer(cleaned, max_length=length, truncation=True).input_ids
+        full = [i for i, row in enumerate(rows) if len(row) >= length]
+        whole = dict(zip(full, self._lengths([cleaned[i] for i in full]), strict=True))
         if own.strip_sep_token:
             separator = own.tokenizer.sep_token_id
             rows = [[0 if token == separator else token for token in row] for row in rows]
-        return [list(row) or [self._pad_id] for row in rows]
+        return [(list(row) or [self._pad_id], whole.get(i, 0) > length) for i, row in enumerate(rows)]
+
+    def _lengths(self, cleaned: list[str], **options: Any) -> list[int]:
+        """How many ids the captions have as they are; quietly, though they may be too many."""
+        if not cleaned:
+            return []
+        rows = self._tokenizer.tokenizer(cleaned, truncation=False, verbose=False, **options).input_ids
+        return [len(row) for row in rows]
 
 
 def _hugging_face(name: str, context_length: int, settings: Mapping[str, Any]) -> HFTokenizer:

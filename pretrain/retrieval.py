@@ -7,7 +7,6 @@ found, is another number).
 """
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.text import canonical_caption
 from .statistics import Floats, Ints, Score, bootstrap_means
 
 __all__ = ["best_ranks", "hit_chance", "retrieval_scores", "top_k", "unique_captions"]
 
 KS = (1, 5, 10)
 _ELEMENTS = 1 << 20  # similarities held at once: 8 MiB in fp64
-
-
-def canonical_caption(caption: str) -> str:
-    """What makes two captions the same one: their characters but for case and white space."""
-    return " ".join(unicodedata.normalize("NFC", caption).split()).lower()
 
 
 def unique_captions(captions: Sequence[str]) -> tuple[Ints, list[str]]:

@@ -8,7 +8,7 @@ from numpy.random import Generator, Philox
 
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
-from diptych.data.captions import CaptionConfig, choose_caption
+from diptych.data.captions import CaptionConfig, choose_caption, choose_text
 
 META: dict[str, Any] = {"names": ["n1", "n2"], "tags": ["a", "b", "c", "d", "e"], "alt": "the alt"}
 
@@ -65,6 +65,26 @@ def test_the_choice_follows_from_the_numbers() -> None:
     assert len(set(first)) > 10
 
 
+def test_templates_come_equally_often_whatever_the_text() -> None:
+    config = CaptionConfig(templates=("a photo of {}.", "{}, drawn", "one {} {"), names=1.0)
+    seen = drawn(config)
+    assert seen.keys() == {
+        template.replace("{}", text, 1) for template in config.templates for text in ("cap", "n1", "n2")
+    }
+    for template in config.templates:
+        assert seen[template.replace("{}", "cap")] / 4000 == pytest.approx(1 / 6, abs=0.03)
+    assert {choose_caption(config, " ", {}, rng(i)) for i in range(9)} == {" "}
+
+
+def test_templates_do_not_shift_the_choice_of_the_text() -> None:
+    config = CaptionConfig(txt=1.0, names=1.0, tags=1.0)
+    worded = config.model_copy(update={"templates": ("<{}>",), "lower": True})
+    for i in range(200):
+        text = choose_text(worded, "Cap", META, rng(i))
+        assert text == choose_caption(config, "Cap", META, rng(i))
+        assert choose_caption(worded, "Cap", META, rng(i)) == f"<{text.lower()}>"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -74,6 +94,9 @@ def test_the_choice_follows_from_the_numbers() -> None:
         ("fields={alt: .nan}", "alt"),
         ("max_tags=0", "max_tags"),
         ("text=0.5", "did you mean 'txt'"),
+        ("templates=[a photo]", "templates: 'a photo' must have {} once"),
+        ("templates=['{} and {}']", "templates: '{} and {}' must have {} once"),
+        ("truncate=middle", "truncate"),
     ],
 )
 def test_mistakes_are_told_with_their_key(override: str, words: str) -> None:

@@ -1,5 +1,6 @@
 """Packed tokens against open_clip's own tokenizers, and caption hashes against their definition."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from diptych.configs.errors import UserError
 from diptych.data import text
-from diptych.data.text import Tokenizer, build_tokenizer, caption_hash
+from diptych.data.text import Tokenizer, build_tokenizer, caption_hash, tokenizer_for
 
 CAPTIONS = [
     "a photo of a cat",
@@ -129,6 +130,133 @@ def test_captions_are_kept_within_bounds_and_give_the_same(monkeypatch: pytest.M
     assert unpack(tokenizer, []) == []
 
 
+MORE = [{}, {"strip_sep_token": True}, {"tokenizer_mode": "clips"}]
+
+
+@pytest.mark.parametrize("settings", [None, *MORE])
+def test_captions_longer_than_the_context_are_counted(bert: str, settings: dict[str, Any] | None) -> None:
+    """Against the length that they have in a context that all of them fit in."""
+    name = None if settings is None else bert
+    clips = bool(settings and "tokenizer_mode" in settings)  # three of its ids are its own
+    captions = [" ".join(["cat", "red", "dogs", "photo", "a"][:n]) for n in range(6)]
+    whole = unpack(build_tokenizer(name, 40, None if clips else settings), captions)
+    lengths = [len(row) + clips for row in whole]
+    for context_length in range(4, 12):
+        tokenizer = build_tokenizer(name, context_length, settings)
+        for caption, length in zip(captions, lengths, strict=True):
+            tokenizer.pack([caption, "", caption])
+            assert tokenizer.cut == 2 * (length > context_length)
+        tokenizer.pack(captions)
+        assert tokenizer.cut == sum(length > context_length for length in lengths)
+
+
+STORY = 'A cat sat. "Two dogs!" ran 3.5 miles\nThen what? \u732b\u3002\u72ac\u3002 The end of it all'
+
+
+@pytest.mark.parametrize("name", [None, "bert"])
+def test_as_many_whole_sentences_are_kept_as_fit(name: str | None, bert: str) -> None:
+    ends = ["A cat sat.", ' "Two dogs!"', " ran 3.5 miles\n", "Then what?", " \u732b\u3002", "\u72ac\u3002"]
+    name = bert if name else None
+    whole = build_tokenizer(name, 200)
+    for context_length in range(2, 48):
+        tokenizer = build_tokenizer(name, context_length)
+        got = tokenizer.pack([STORY], "sentence")[0].tolist()
+        assert got == tokenizer.pack([STORY], "sentence")[0].tolist()  # from what is kept
+        assert tokenizer.cut == (len(unpack(whole, [STORY])[0]) > context_length)
+        fitting = [
+            text
+            for text in ["".join(ends[: n + 1]) for n in range(len(ends))] + [STORY]
+            if len(unpack(whole, [text])[0]) <= context_length
+        ]
+        assert got == (unpack(whole, fitting[-1:]) if fitting else unpack(tokenizer, [STORY]))[0]
+
+
+@pytest.mark.parametrize("name", [None, "bert"])
+def test_drawn_windows_reach_every_word_and_are_full(name: str | None, bert: str) -> None:
+    words = ["a", "cat", "dog", "red", "photo"] * 4
+    tokenizer = build_tokenizer(bert if name else None, 7)
+    caption = "  ".join(words)
+    windows: list[list[int]] = []
+    for draw in [k / 64 for k in range(64)]:
+        token_ids, seq_lens = tokenizer.pack(["cat", caption], "random", [draw, draw])
+        assert tokenizer.cut == 1
+        windows.append(token_ids[seq_lens[0] :].tolist())
+    possible = [unpack(tokenizer, [" ".join(words[k : k + 5])])[0] for k in range(16)]
+    assert {tuple(window) for window in windows} == {tuple(window) for window in possible}
+    assert windows[0] == possible[0]
+    assert windows[-1] == possible[-1]
+    assert tokenizer.pack(["cat"], "random", [0.5])[0].tolist() == unpack(tokenizer, ["cat"])[0]
+
+
+def test_windows_of_an_endless_word_begin_anywhere() -> None:
+    tokenizer = build_tokenizer(None, 5)
+    endless = "\u732b\u72ac" * 30
+    windows = {
+        tuple(tokenizer.pack([endless], "random", [k / 40])[0].tolist()) for k in range(40)
+    }  # of the two characters' bytes
+    assert max(map(len, windows)) == 5
+    assert len(windows) > 1
+
+
+@given(st.text(max_size=80), st.floats(0, 1, exclude_max=True), st.sampled_from(["sentence", "random"]))
+def test_whatever_is_left_fits_and_what_fits_is_untouched(caption: str, draw: float, truncate: Any) -> None:
+    token_ids, seq_lens = OURS.pack([caption], truncate, [draw])
+    assert len(token_ids) == int(seq_lens[0]) <= 16
+    cut = OURS.cut
+    end = unpack(OURS, [caption])[0]
+    assert OURS.cut == cut
+    assert cut or token_ids.tolist() == end
+
+
+@pytest.mark.parametrize(
+    "text_cfg",
+    [
+        {},
+        {"context_length": 9},
+        {"context_length": None, "tokenizer_kwargs": None},
+        {"context_length": 9, "tokenizer_kwargs": {"clean": "canonicalize"}, "tokenizer_mode": "clips"},
+        {"hf_tokenizer_name": "", "context_length": 20},
+        {"hf_tokenizer_name": "some/where", "context_length": 9},
+        {"hf_tokenizer_name": "some/where", "tokenizer_kwargs": {"clean": "canonicalize"}},
+        {
+            "hf_tokenizer_name": "some/where",
+            "context_length": 9,
+            "tokenizer_kwargs": {"strip_sep_token": True},
+        },
+        {"hf_tokenizer_name": "some/where", "context_length": 12, "tokenizer_mode": "clips"},
+        {"hf_tokenizer_name": "some/where", "context_length": 9, "tokenizer_mode": None},
+    ],
+)
+def test_a_models_tokenizer_is_open_clips(text_cfg: dict[str, Any], bert: str) -> None:
+    config = {"model_cfg": {"embed_dim": 8, "text_cfg": text_cfg}}
+    (Path(bert) / "open_clip_config.json").write_text(json.dumps(config))
+    kept = json.dumps(text_cfg)
+    tokenizer = tokenizer_for(text_cfg, bert)
+    assert json.dumps(text_cfg) == kept
+    if text_cfg.get("tokenizer_kwargs", {}) is None:  # open_clip takes no null
+        text_cfg, config["model_cfg"]["text_cfg"] = {}, {}
+        (Path(bert) / "open_clip_config.json").write_text(json.dumps(config))
+    truth = open_clip.get_tokenizer(f"local-dir:{bert}")
+    assert tokenizer.context_length == truth.context_length == (text_cfg.get("context_length") or 77)
+    captions = [*HF_CAPTIONS, *CAPTIONS]
+    rows = unpack(tokenizer, captions)
+    assert_equal_without_padding(rows, truth(captions), tokenizer.pad_id)
+    assert tokenizer.name == (bert if text_cfg.get("hf_tokenizer_name") else None)
+
+
+def test_a_models_tokenizer_by_its_name(bert: str) -> None:
+    text_cfg = {"hf_tokenizer_name": bert, "context_length": 9, "tokenizer_kwargs": {"clean": "canonicalize"}}
+    assert unpack(tokenizer_for(text_cfg), ["a RED, cat!"]) == unpack(
+        build_tokenizer(bert, 9, {"clean": "canonicalize"}), ["a RED, cat!"]
+    )
+    for name in ("ViT-B-32", "RN50", "coca_ViT-B-32"):
+        truth = open_clip.get_tokenizer(name)
+        config: Any = open_clip.get_model_config(name)
+        ours = tokenizer_for(config["text_cfg"])
+        assert_equal_without_padding(unpack(ours, CAPTIONS), truth(CAPTIONS), 0)
+        assert ours.context_length == truth.context_length
+
+
 @pytest.mark.parametrize("kind", ["clip", "bert"])
 def test_a_pickled_tokenizer_is_built_again(kind: str, bert: str) -> None:
     tokenizer = build_tokenizer(bert if kind == "bert" else None, 11, {"clean": "canonicalize"})
@@ -168,13 +296,3 @@ def test_equal_captions_have_equal_hashes() -> None:
     assert all(-(2**63) <= caption_hash(caption) < 2**63 for caption in others)
     assert {caption_hash(caption) < 0 for caption in others} == {True, False}
     assert caption_hash("") == 0x2D06800538D394C2  # XXH3's published value of nothing
-
-
-@given(st.text(max_size=40))
-def test_the_hash_agrees_with_the_evaluations_idea_of_equal_captions(caption: str) -> None:
-    from diptych.pretrain.retrieval import canonical_caption
-
-    assert caption_hash(canonical_caption(caption)) == caption_hash(caption) or canonical_caption(
-        canonical_caption(caption)
-    ) != canonical_caption(caption)
-    assert text.canonical_caption(caption) == canonical_caption(caption)
