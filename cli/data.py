@@ -266,12 +266,13 @@ def index(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Verify shards; 1 if anything is wrong."""
     from ..data.image_header import MAX_PIXELS
+    from ..data.scanning import Limits
     from ..data.verify import verify_folder
 
     report = verify_folder(
         args.folder,
         decode=args.decode,
-        max_pixels=args.max_pixels or MAX_PIXELS,
+        limits=Limits(args.max_pixels or MAX_PIXELS),
         workers=args.workers,
         progress=_progress,
     )

@@ -15,7 +15,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
-from .foreign import Progress, quiet
+from .engine import Progress, quiet
 from .image_header import MAX_PIXELS, HeaderError, read_header
 from .index import fingerprint, read_manifest
 from .sources import BadRow, Columns, Row, SourceRow, open_source, read_inside

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,19 @@ def scan_shard(
     *,
     caption_key: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    max_image_bytes: int = MAX_IMAGE_BYTES,
     check_image: Check | None = None,
 ) -> ShardScan:
     """Read a tar once and describe its samples: neighbours with one key, as webdataset groups them.
 
-    ``caption_key``: captions are under this key of the JSON, else in ``.txt``. ``check_image``: a further
-    look at each image, decoding for instance. A sample that cannot be used gets a finding and a record
+    ``caption_key``: captions are under this key of the JSON, else in ``.txt``. Images with more pixels than
+    ``max_pixels`` or more bytes than ``max_image_bytes`` cannot be used. ``check_image``: a further look at
+    each image, decoding for instance. A sample that cannot be used gets a finding and a record
     without the flag OK.
     """
     scanner = _Scanner(path.name, caption_key, max_pixels, check_image)
     with path.open("rb") as file:
-        reader = TarReader(file, _wanted)
+        reader = TarReader(file, partial(_wanted, max_image_bytes))
         for key, members in _groups(reader):
             # the last sample before a break may lack members that are lost
             scanner.add(key, members, broken=reader.kind in ("truncated", "damaged"))
@@ -94,12 +97,12 @@ def scan_shard(
     return ShardScan(reader.size, reader.xxh3, records, scanner.keys, scanner.findings, scanner.json_keys)
 
 
-def _wanted(name: str, size: int) -> bool:
+def _wanted(max_image_bytes: int, name: str, size: int) -> bool:
     parts = split_name(name)
     if parts is None:
         return False
     if parts[1] in EXTENSIONS:
-        return size <= MAX_IMAGE_BYTES
+        return size <= max_image_bytes
     return parts[1] in TEXTS and size <= MAX_TEXT_BYTES
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .foreign import Progress, quiet
+from .engine import Progress, quiet
 from .image_header import FORMATS
 from .index import OK
 from .shards import DamagedSample, ShardSet, open_shards

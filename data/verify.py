@@ -1,18 +1,20 @@
 """What is wrong with these shards: every tar is read from end to end and compared with its index."""
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from xxhash import xxh3_64_hexdigest
 
 from ..configs.errors import UserError
-from ..configs.files import resolve_data_path
-from .foreign import Progress, quiet, scan_shards, tar_names
+from ..configs.files import cache_dir, resolve_data_path
+from .engine import Engine, Progress, quiet
 from .image_header import MAX_PIXELS
 from .index import (
     HEADER,
@@ -27,9 +29,13 @@ from .index import (
     map_index,
     read_manifest,
 )
+from .repeats import HashColumn, Place
 from .scan import Finding, ShardScan
+from .scanning import USUAL, Limits, ScanLog, scan_shards, tar_names
 
 __all__ = ["VerifyReport", "decode_problem", "verify_folder"]
+
+SHOWN = 3  # copies that the note names
 
 
 @dataclass
@@ -76,20 +82,52 @@ def verify_folder(
     folder: str | Path,
     *,
     decode: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    duplicates: bool = False,
+    limits: Limits = USUAL,
     workers: int = 1,
+    engine: Engine = "local",
     progress: Progress = quiet,
 ) -> VerifyReport:
     """Read every tar of a folder and name what is wrong.
 
     Per shard: missing, not in the manifest, cut or damaged, other bytes than the manifest says, an index
-    that is missing or another's. Per sample: without image or caption, blank caption, a repeated key, bytes
-    that changed since they were indexed, too many pixels (``max_pixels``), an image whose header (or, with
-    ``decode``, whose content) cannot be read. A folder without a manifest is checked as far as that goes.
-    Raises UserError if there is nothing to check.
+    that is missing, another's or untrue. Per sample: without image or caption, blank caption, a repeated
+    key, bytes that changed since they were indexed, an image beyond ``limits``, an image whose header (or,
+    with ``decode``, whose content) cannot be read. Images that are there several times, byte for byte, are
+    counted in the notes and, with ``duplicates``, are faults. A folder without a manifest is checked as far
+    as that goes. What a killed run had read is not read again. Raises UserError if there is nothing to check.
     """
     folder = resolve_data_path(folder)
     report = VerifyReport(folder)
+    names, rows = _listed(folder, report)
+    caption_keys = [rows[name].caption_key if name in rows else None for name in names]
+    with HashColumn() as keys, HashColumn() as images, _open_log(folder, decode, limits) as log:
+        if log is not None and (done := sum(map(log.has, (folder / name for name in names), caption_keys))):
+            report.notes.append(f"{done} of {len(names)} shards were read by a run that was stopped")
+        check = partial(decode_problem, max_pixels=limits.max_pixels) if decode else None
+        scans = scan_shards(
+            folder, names, "verifying", caption_keys=caption_keys, limits=limits, check_image=check, log=log,
+            workers=workers, engine=engine, progress=progress,
+        )  # fmt: skip
+        for name, scan in zip(names, scans, strict=True):
+            report.shards += 1
+            report.samples += int(np.count_nonzero(scan.records["flags"] & OK))
+            report.findings += scan.findings
+            if name in rows:
+                report.findings += _compare(folder, rows[name], scan)
+            keys.append(np.array([key_hash(key) for key in scan.keys], dtype=np.uint64))
+            images.append(scan.records["image_xxh3"])
+        names_of = _Names(folder, names, log)
+        built = bool(rows) and not any(row.foreign for row in rows.values())
+        _repeated_keys(report, keys, names_of, strict=built)
+        _copied_images(report, images, names_of, strict=duplicates)
+        if log is not None:
+            log.clear()
+    return report
+
+
+def _listed(folder: Path, report: VerifyReport) -> tuple[list[str], dict[str, ShardRow]]:
+    """The tars of the folder and the rows of its manifest; where they differ is reported."""
     names = tar_names(folder)
     rows: dict[str, ShardRow] = {}
     if (folder / MANIFEST).exists():
@@ -104,26 +142,22 @@ def verify_folder(
     for name in rows:
         if name not in names:
             report.findings.append(Finding(name, "", "missing", "the manifest names it, but it is not there"))
-    hashes: list[NDArray[np.uint64]] = []
-    scans = scan_shards(
-        folder,
-        names,
-        "verifying",
-        caption_keys=[rows[name].caption_key if name in rows else None for name in names],
-        max_pixels=max_pixels,
-        check_image=partial(decode_problem, max_pixels=max_pixels) if decode else None,
-        workers=workers,
-        progress=progress,
-    )
-    for name, scan in zip(names, scans, strict=True):
-        report.shards += 1
-        report.samples += int(np.count_nonzero(scan.records["flags"] & 1))
-        report.findings += scan.findings
-        if name in rows:
-            report.findings += _compare(folder, rows[name], scan)
-        hashes.append(np.array([key_hash(key) for key in scan.keys], dtype=np.uint64))
-    _repeated(report, names, hashes, strict=bool(rows) and not any(row.foreign for row in rows.values()))
-    return report
+    return names, rows
+
+
+@contextmanager
+def _open_log(folder: Path, decode: bool, limits: Limits) -> Generator[ScanLog | None]:
+    """Where finished scans are kept until all are; None where another run holds it or it cannot be."""
+    settings = {"folder": str(folder.resolve()), "decode": decode, **vars(limits)}
+    log = ScanLog(cache_dir() / "verify" / xxh3_64_hexdigest(json.dumps(settings).encode()), settings)
+    try:
+        locked = log.lock()
+    except OSError:
+        locked = False
+    try:
+        yield log if locked else None
+    finally:
+        log.release()
 
 
 def _compare(folder: Path, row: ShardRow, scan: ShardScan) -> Iterator[Finding]:
@@ -179,37 +213,60 @@ def _changed(name: str, index: Index, scan: ShardScan) -> Iterator[Finding]:
                     yield Finding(name, key, "hash", f"its {what} has changed since it was indexed")
 
 
-def _repeated(
-    report: VerifyReport, names: list[str], hashes: list[NDArray[np.uint64]], *, strict: bool
-) -> None:
+class _Names:
+    """Shard and key of a place."""
+
+    def __init__(self, folder: Path, names: list[str], log: ScanLog | None) -> None:
+        self.folder, self.names, self._log = folder, names, log
+
+    def shard(self, place: Place) -> str:
+        return self.names[place[0]]
+
+    def key(self, place: Place) -> str:
+        name = self.names[place[0]]
+        try:
+            return map_index(self._log.idx(name) if self._log else idx_path(self.folder / name)).key(place[1])
+        except (UserError, IndexError):  # named among the findings
+            return f"number {place[1]}"
+
+    def say(self, place: Place) -> str:
+        return f"sample {self.key(place)!r} of {self.shard(place)}"
+
+
+def _repeated_keys(report: VerifyReport, keys: HashColumn, names: _Names, *, strict: bool) -> None:
     """Keys that stand in several shards: a fault where the shards were built as one set, else a note."""
-    every = np.concatenate(hashes) if hashes else np.zeros(0, dtype=np.uint64)
-    values, counts = np.unique(every, return_counts=True)
-    repeated = values[counts > 1]
-    if not len(repeated):
-        return
-    if not strict:
-        note = f"{len(repeated)} keys stand in several places; a sample is known by its shard and its key"
-        report.notes.append(note)
-        return
-    seen: dict[int, str] = {}
-    for name, own in zip(names, hashes, strict=True):
-        for record in np.flatnonzero(np.isin(own, repeated)):
-            value = int(own[record])
-            if value in seen and seen[value] != name:
-                report.findings.append(
-                    Finding(
-                        name,
-                        _key(report.folder / name, int(record)),
-                        "duplicate",
-                        f"{seen[value]} has this key too",
-                    )
+    count = 0
+    for first, *others in keys.repeats():
+        count += 1
+        report.findings += [
+            Finding(
+                names.shard(place), names.key(place), "duplicate", f"{names.shard(first)} has this key too"
+            )
+            for place in others
+            if strict and place[0] != first[0]
+        ]
+    if count and not strict:
+        report.notes.append(
+            f"{count} keys stand in several places; a sample is known by its shard and its key"
+        )
+
+
+def _copied_images(report: VerifyReport, images: HashColumn, names: _Names, *, strict: bool) -> None:
+    """Images that are there again: faults, or a note with the first ones."""
+    count, shown = 0, list[str]()
+    for first, *others in images.repeats():
+        count += len(others)
+        if strict:
+            report.findings += [
+                Finding(
+                    names.shard(place),
+                    names.key(place),
+                    "duplicate-image",
+                    f"its image is that of {names.say(first)}",
                 )
-            seen.setdefault(value, name)
-
-
-def _key(shard: Path, record: int) -> str:
-    try:
-        return map_index(idx_path(shard)).key(record)
-    except UserError:  # named among the findings
-        return f"number {record}"
+                for place in others
+            ]
+        elif len(shown) < SHOWN:
+            shown.append(f"{names.say(others[0])} has the image of {names.say(first)}")
+    if count and not strict:
+        report.notes.append(f"{count} images are copies; --duplicates names them all: {', '.join(shown)}")

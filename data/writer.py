@@ -46,6 +46,9 @@ class RefusedSample(UserError):
         super().__init__(message)
         self.key, self.reason = key, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.reason, str(self))
+
 
 def check_key(key: str) -> None:
     """RefusedSample unless every webdataset reader finds ``key`` as it is: no dot (a reader cuts there), no

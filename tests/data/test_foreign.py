@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import webdataset
 
 from diptych.configs.errors import UserError
+from diptych.data import scanning
 from diptych.data.foreign import IndexReport, index_folder
 from diptych.data.index import OK
+from diptych.data.scanning import Limits
 from diptych.data.shards import open_shards
 from diptych.data.writer import ShardWriter
 
@@ -194,7 +197,7 @@ def test_members_behind_the_end_are_named_and_what_is_before_is_kept(tmp_path: P
 def test_large_images_are_left_out(tmp_path: Path) -> None:
     members = [("a.png", picture(size=(40, 30))), ("a.txt", b"a"), ("b.png", picture()), ("b.txt", b"b")]
     write_tar(tmp_path / "0.tar", members)
-    assert problems(index_folder(tmp_path, max_pixels=1199)) == [("0.tar", "a", "size")]
+    assert problems(index_folder(tmp_path, limits=Limits(1199))) == [("0.tar", "a", "size")]
 
 
 def test_members_far_apart_and_large_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +247,11 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="index of another program"):
         index_folder(tmp_path)
     index_folder(tmp_path, overwrite=True)
-    with pytest.raises(UserError, match="has an index already"):
-        index_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert index_folder(tmp_path).kept == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(UserError, match=r"indexed with captions from '\.txt'; give --overwrite"):
+        index_folder(tmp_path, caption_key="caption")
     with pytest.raises(UserError, match="only indexed"), ShardWriter(tmp_path, overwrite=True) as writer:
         writer.write(*samples(1)[0])
     assert captions(tmp_path) == [sample[3] for sample in samples(2)]
@@ -272,21 +278,102 @@ def test_nothing_to_index_is_one_sentence(tmp_path: Path, files: dict[str, bytes
         index_folder(tmp_path / "no")
 
 
-def test_a_kill_while_indexing_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tar(tmp_path / "0.tar", sample_members(samples(2)))
-    write_tar(tmp_path / "1.tar", sample_members(samples(2)))
+def read_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tars that are scanned from now on."""
+    seen: list[str] = []
+    scan = scanning.scan_shard
+
+    def told(path: Path, **options: Any) -> Any:
+        seen.append(path.name)
+        return scan(path, **options)
+
+    monkeypatch.setattr(scanning, "scan_shard", told)
+    return seen
+
+
+def test_tars_that_came_since_are_added_and_the_others_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1", "3"):
+        write_tar(tmp_path / f"{name}.tar", half_samples())
+    first = index_folder(tmp_path)
+    seen = read_by(monkeypatch)
+    for name in ("0", "2"):
+        write_tar(tmp_path / f"{name}.tar", sample_members(samples(3)))
+    report = index_folder(tmp_path)
+    assert (seen, report.kept) == (["0.tar", "2.tar"], 2)
+    assert report.findings == first.findings
+    assert json.loads((tmp_path / "index_report.json").read_text())["bad"] == 2 * len(HALF)
+    fingerprint = open_shards(tmp_path).fingerprint
+    index_folder(tmp_path, overwrite=True)
+    assert (seen[2:], open_shards(tmp_path).fingerprint) == (
+        ["0.tar", "1.tar", "2.tar", "3.tar"],
+        fingerprint,
+    )
+
+
+def test_a_tar_that_was_touched_is_read_again_and_one_that_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("0", "1"):
+        write_tar(tmp_path / f"{name}.tar", sample_members(samples(3)))
     index_folder(tmp_path)
+    seen = read_by(monkeypatch)
+    (tmp_path / "1.tar").touch()
+    assert (index_folder(tmp_path).kept, seen) == (1, ["1.tar"])
+    (tmp_path / "0.idx").unlink()
+    assert (index_folder(tmp_path).kept, seen) == (1, ["1.tar", "0.tar"])
+    data = (tmp_path / "1.tar").read_bytes()
+    flip(tmp_path / "1.tar", 600)
+    manifest = (tmp_path / "manifest.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"1\.tar has other bytes than when it was indexed"):
+        index_folder(tmp_path)
+    (tmp_path / "1.tar").write_bytes(data[:-512])
+    with pytest.raises(UserError, match=r"1\.tar has \d+ bytes, \d+ when it was indexed; copy it again"):
+        index_folder(tmp_path)
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(UserError, match=r"names 1\.tar, which is missing"):
+        index_folder(tmp_path)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == manifest
+    assert len(index_folder(tmp_path, overwrite=True).rows) == 1
+
+
+@pytest.mark.parametrize("when", ["scanning", "moving"])
+def test_a_kill_while_indexing_leaves_no_manifest_and_the_rest_is_done_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    for name in ("0", "1", "2"):
+        write_tar(tmp_path / f"{name}.tar", half_samples())
+    if when == "moving":
+        index_folder(tmp_path)
     replace: Any = Path.replace
+    scan: Any = scanning.scan_shard
 
-    def failing(self: Path, target: Path) -> Path:
-        if self.name == ".1.idx.new":
+    def failing(real: Any, self: Path, *target: Path, **options: Any) -> Any:
+        if self.name in ("1.idx" if when == "moving" else "1.tar"):
             raise KeyboardInterrupt
-        return replace(self, target)
+        return real(self, *target, **options)
 
-    monkeypatch.setattr(Path, "replace", failing)
+    monkeypatch.setattr(Path, "replace", partialmethod(lambda self, target: failing(replace, self, target)))
+    monkeypatch.setattr(scanning, "scan_shard", partial(failing, scan))
     with pytest.raises(KeyboardInterrupt):
         index_folder(tmp_path, overwrite=True)
     monkeypatch.undo()
+    monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="has tars but no"):
         open_shards(tmp_path)
+    seen = read_by(monkeypatch)
+    report = index_folder(tmp_path)
+    assert seen == (["0.tar"] if when == "moving" else ["1.tar", "2.tar"])
+    assert problems(report) == [(f"{n}.tar", key, reason) for n in range(3) for key, reason in HALF]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_two_processes_do_not_index_one_folder(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", sample_members(samples(2)))
+    log = scanning.ScanLog(tmp_path / ".indexing", {})
+    assert log.lock()
+    with pytest.raises(UserError, match="another process indexes"):
+        index_folder(tmp_path)
+    log.clear()
+    index_folder(tmp_path)

@@ -4,11 +4,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diptych.configs.errors import UserError
+from diptych.data import scanning
 from diptych.data.foreign import index_folder
+from diptych.data.scanning import Limits
 from diptych.data.shards import open_shards
 from diptych.data.verify import VerifyReport, verify_folder
 
@@ -103,8 +106,8 @@ def test_an_image_that_was_bad_from_the_start_is_found_by_decoding_alone(tmp_pat
 
 def test_too_many_pixels_are_found(tmp_path: Path) -> None:
     write(tmp_path, samples(3))
-    assert {reason for _, _, reason in found(verify_folder(tmp_path, max_pixels=62))} == {"size"}
-    assert verify_folder(tmp_path, max_pixels=63).findings == []
+    assert {reason for _, _, reason in found(verify_folder(tmp_path, limits=Limits(62)))} == {"size"}
+    assert verify_folder(tmp_path, limits=Limits(63)).findings == []
 
 
 def test_foreign_tars_are_verified_before_and_after_indexing(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_keys_across_shards_are_a_fault_of_built_sets_and_a_note_on_foreign_ones
     index_folder(tmp_path / "foreign")
     report = verify_folder(tmp_path / "foreign")
     assert report.findings == []
-    assert report.notes == ["2 keys stand in several places; a sample is known by its shard and its key"]
+    assert report.notes[0] == "2 keys stand in several places; a sample is known by its shard and its key"
 
     built = write(tmp_path / "built", samples(4), per_shard=2)
     write(tmp_path / "more", samples(2), per_shard=2)
@@ -139,6 +142,77 @@ def test_keys_across_shards_are_a_fault_of_built_sets_and_a_note_on_foreign_ones
         ("00002.tar", "key-0000", "duplicate"),
         ("00002.tar", "key-0001", "duplicate"),
     ]
+
+
+def test_copies_of_an_image_are_a_note_and_faults_on_demand(tmp_path: Path) -> None:
+    content = samples(9)
+    copies = [(f"copy-{i}", content[i][1], content[i][2], "the same picture", {}) for i in (2, 7, 2)]
+    copies[2] = ("again", *copies[2][1:])
+    write(tmp_path, [*content, *copies])
+    report = verify_folder(tmp_path)
+    assert report.findings == []
+    assert report.notes == [
+        "3 images are copies; --duplicates names them all: "
+        "sample 'copy-2' of 00002.tar has the image of sample 'key-0002' of 00000.tar, "
+        "sample 'copy-7' of 00002.tar has the image of sample 'key-0007' of 00001.tar"
+    ]
+    report = verify_folder(tmp_path, duplicates=True, workers=2)
+    assert sorted(found(report)) == [
+        ("00002.tar", key, "duplicate-image") for key in ("again", "copy-2", "copy-7")
+    ]
+    assert report.findings[0].detail == "its image is that of sample 'key-0002' of 00000.tar"
+    assert (report.notes, report.reasons) == ([], {"duplicate-image": 3})
+
+
+def test_large_files_and_blank_captions_are_found(tmp_path: Path) -> None:
+    large = picture(size=(60, 60))
+    write_tar(
+        tmp_path / "0.tar", [("a.png", large), ("a.txt", b"a"), ("b.png", picture()), ("b.txt", b"\t ")]
+    )
+    report = verify_folder(tmp_path, limits=Limits(max_image_bytes=len(large) - 1))
+    assert found(report) == [("0.tar", "a", "size"), ("0.tar", "b", "caption")]
+    assert report.findings[0].detail == f"its image has {len(large)} bytes"
+    assert found(verify_folder(tmp_path, limits=Limits(max_image_bytes=len(large)))) == [
+        ("0.tar", "b", "caption")
+    ]
+
+
+def test_a_verification_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "set", [*samples(20), ("copy", samples(1)[0][1], "png", "x", {})])
+    flip(folder / "00001.tar", member_offsets(folder / "00001.tar")["key-0006.txt"][0])
+    expected = verify_folder(folder, duplicates=True)
+    seen: list[str] = []
+    scan = scanning.scan_shard
+
+    def failing(path: Path, **options: Any) -> Any:
+        seen.append(path.name)
+        if path.name == "00003.tar":
+            raise KeyboardInterrupt
+        return scan(path, **options)
+
+    monkeypatch.setattr(scanning, "scan_shard", failing)
+    with pytest.raises(KeyboardInterrupt):
+        verify_folder(folder, duplicates=True)
+    monkeypatch.setattr(
+        scanning, "scan_shard", lambda path, **o: (seen.append(path.name), scan(path, **o))[1]
+    )
+    with (
+        (tmp_path / "cache/verify")
+        .joinpath(os.listdir(tmp_path / "cache/verify")[0], "scans.jsonl")
+        .open("a") as log
+    ):
+        log.write('{"shard": "00004.t')  # the kill came here
+    seen.clear()
+    report = verify_folder(folder, duplicates=True)
+    assert seen == ["00003.tar", "00004.tar", "00005.tar"]
+    assert (report.findings, report.samples) == (expected.findings, expected.samples)
+    assert report.notes == ["3 of 6 shards were read by a run that was stopped"]
+    seen.clear()  # and once it has ended, everything is read again
+    verify_folder(folder, decode=True)
+    assert len(seen) == 6
+    assert os.listdir(tmp_path / "cache/verify") == []
 
 
 def test_a_folder_without_shards_is_one_sentence(tmp_path: Path) -> None:
