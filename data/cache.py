@@ -137,6 +137,8 @@ class FileCache:
             now = time.time_ns()
             os.utime(handle, ns=(NEVER if ahead else now, now))
             temporary.rename(self.folder / name)
+            with self._locked(""):
+                self._make_room(name, 0, ahead=ahead)  # for what others brought meanwhile
             return handle
         except BaseException:
             if handle >= 0:

@@ -91,7 +91,7 @@ class RemoteFile:
 
     def read(self) -> bytes:
         """All of it. Raises UserError if it cannot be had."""
-        return _retrying(str(self), lambda: _request(self.url, "cat_file", self.url))
+        return _retrying(lambda: str(self), lambda: _request(self.url, "cat_file", self.url))
 
     def download(self, path: Path, *, xxh3: str, most: int, exact: bool) -> None:
         """Write it to ``path``, with the hash ``xxh3`` (16 digits) and ``most`` bytes, or fewer where that is
@@ -107,7 +107,7 @@ class RemoteFile:
             if (found := _hash_of(path)) != xxh3:
                 raise _WrongFile(f"its xxh3 is {found}, the manifest says {xxh3}")
 
-        _retrying(str(self), attempt)
+        _retrying(lambda: str(self), attempt)
 
 
 class RemoteFolder:
@@ -132,23 +132,24 @@ class RemoteFolder:
 
 
 def read_ranges(spans: Sequence[tuple[RemoteFile, int, int]]) -> list[bytes]:
-    """``size`` bytes at ``offset`` of each (file, offset, size), concurrently; fewer where it ends.
+    """``size`` bytes at ``offset`` of each (file, offset, size), concurrently.
 
-    Only what failed is asked for again. Raises UserError if something cannot be had.
+    Only what failed is asked for again. Raises UserError if something cannot be had or a file ends before it.
     """
     got: list[bytes | None] = [None if size else b"" for _, _, size in spans]
+    culprit = spans[0][0] if spans else None
 
     def attempt() -> None:
+        nonlocal culprit
         missing = [i for i, data in enumerate(got) if data is None]
         wanted = [(spans[i][0].url, spans[i][1], spans[i][1] + spans[i][2]) for i in missing]
         failed: Exception | None = None
         for i, answer in zip(missing, _ranges(wanted), strict=True):
-            file, _, size = spans[i]
+            file, at, size = spans[i]
             if isinstance(answer, Exception):
-                if _status(answer) == 416 or getattr(answer, "errno", None) == errno.EINVAL:
-                    got[i] = b""  # the file ends before it
-                else:
-                    failed = answer
+                failed, culprit = answer, file
+            elif len(answer) < size:
+                failed, culprit = _WrongFile(f"{len(answer)} of {size} bytes came from byte {at}"), file
             elif len(answer) > size:
                 raise UserError(
                     f"{file}: the server sends more than the range that was asked for; "
@@ -159,8 +160,7 @@ def read_ranges(spans: Sequence[tuple[RemoteFile, int, int]]) -> list[bytes]:
         if failed is not None:
             raise failed
 
-    missing_from = {str(file) for file, _, _ in spans}
-    _retrying(missing_from.pop() if len(missing_from) == 1 else f"{len(missing_from)} shards", attempt)
+    _retrying(lambda: str(culprit), attempt)
     return [data for data in got if data is not None]
 
 
@@ -168,7 +168,7 @@ class _WrongFile(OSError):
     """What came is not what the manifest names."""
 
 
-def _retrying(name: str, attempt: Callable[[], T]) -> T:
+def _retrying(name: Callable[[], str], attempt: Callable[[], T]) -> T:
     """``attempt``'s result; a UserError that names the file if it fails for good or for the last time."""
     wait = FIRST_WAIT_S
     for left in range(TRIES - 1, -1, -1):
@@ -179,24 +179,27 @@ def _retrying(name: str, attempt: Callable[[], T]) -> T:
         except Exception as error:  # backends raise what they please, often no OSError
             reason = _reason(error)
             if (mend := _hopeless(error)) is not None:
-                raise UserError(f"{name} cannot be read: {reason}; {mend}") from error
+                raise UserError(f"{name()} cannot be read: {reason}; {mend}") from error
             if not left:
                 mend = (
                     "the file or its manifest is not what was written; upload both again"
                     if isinstance(error, _WrongFile)
                     else "check the network and the server"
                 )
-                raise UserError(f"{name} cannot be read after {TRIES} tries: {reason}; {mend}") from error
-            log.warning("%s: %s; trying again in %.1f s", name, reason, wait)
+                raise UserError(f"{name()} cannot be read after {TRIES} tries: {reason}; {mend}") from error
+            log.warning("%s: %s; trying again in %.1f s", name(), reason, wait)
             time.sleep(wait)
             wait *= 2
     raise AssertionError("unreachable")
 
 
 def _reason(error: Exception) -> str:
+    if (status := _status(error)) is not None:
+        return f"the server answers with status {status}"
     text = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     if isinstance(error, TimeoutError) and not text:
         return "no answer in time"
+    text = re.sub(r"\?[^\s'\"]+", "", text)  # a query may be a signature
     return text if isinstance(error, OSError) and text else f"{type(error).__name__} {text}".strip()
 
 

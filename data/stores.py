@@ -171,8 +171,7 @@ class RangeStore:
         """Nothing is kept."""
 
     def read(self, spans: Sequence[tuple[ShardRow, int, int]]) -> list[bytes]:
-        """``size`` bytes at ``offset`` of the tar of each (row, offset, size), concurrently; fewer where it
-        ends before."""
+        """``size`` bytes at ``offset`` of the tar of each (row, offset, size), concurrently."""
         return read_ranges([(self._remote / row.shard, offset, size) for row, offset, size in spans])
 
 

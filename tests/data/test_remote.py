@@ -1,0 +1,392 @@
+"""Remote shard sets against an S3 server: the same samples as from the folder, whatever the network does."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import random
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diptych.configs.errors import UserError
+from diptych.data import remote
+from diptych.data.remote import RemoteFolder, as_url, shown
+from diptych.data.shards import DamagedSample, ShardSet, open_shards
+
+from .object_store import BUCKET, Fault, Proxy, forget_systems, hurry, s3_environment, s3_server, upload
+from .samples import flip, samples, write
+from .stream_corpus import all_same, global_batches, ranks_of, write_corpus
+
+N = 22
+MODES = pytest.mark.parametrize("cache_gb", [1.0, 0.0], ids=["cached", "ranges"])
+URL = f"s3://{BUCKET}/set"
+
+
+@pytest.fixture(scope="module")
+def port() -> Generator[int]:
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def folder(port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 22 samples in 6 shards, here and in the bucket."""
+    folder = write(tmp_path_factory.mktemp("local") / "set", samples(N))
+    upload(folder, port, "set")
+    return folder
+
+
+@pytest.fixture
+def proxy(port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Proxy]:
+    proxy = Proxy(port)
+    s3_environment(monkeypatch, proxy.url)
+    hurry(monkeypatch)
+    yield proxy
+    proxy.close()
+    forget_systems()
+
+
+def all_of(shards: ShardSet) -> list[Any]:
+    return [shards.read(sample_id) for sample_id in range(len(shards))]
+
+
+@MODES
+def test_a_bucket_gives_the_samples_of_the_folder(proxy: Proxy, folder: Path, cache_gb: float) -> None:
+    here, there = open_shards(folder), open_shards(URL, cache_gb=cache_gb)
+    assert (there.is_remote, here.is_remote) == (True, False)
+    assert (len(there), there.fingerprint, there.shard_names) == (N, here.fingerprint, here.shard_names)
+    assert str(there.folder) == URL
+    assert str(there.folder / there.shard_names[0]) == f"{URL}/00000.tar"
+    ids = random.Random(0).sample(range(N), N)
+    assert there.read_many(ids) == here.read_many(ids) == [here.read(i) for i in ids]
+    assert all_of(there) == all_of(here)
+    assert there.keys() == here.keys()
+    assert there.find("key-0013") == 13
+    assert np.array_equal(there.records(2), here.records(2))
+    assert open_shards(Path(URL), cache_gb=cache_gb).read(3) == here.read(3)  # one slash is lost in a Path
+
+
+def test_a_cached_shard_is_fetched_once_and_an_index_needs_no_tar(proxy: Proxy) -> None:
+    shards = open_shards(URL)
+    assert len(shards.keys()) == N
+    assert (len(proxy.gets("idx")), len(proxy.gets("tar"))) == (6, 0)
+    all_of(shards)
+    all_of(shards)
+    all_of(open_shards(URL))
+    assert (len(proxy.gets("idx")), len(proxy.gets("tar"))) == (6, 6)
+
+
+def test_range_reads_leave_nothing_on_disk_and_ask_for_samples_alone(
+    proxy: Proxy, tmp_path: Path, folder: Path
+) -> None:
+    shards = open_shards(URL, cache_gb=0)
+    got = shards.read_many([2, 9, 17])
+    assert [raw.sample_id for raw in got if not isinstance(raw, DamagedSample)] == [2, 9, 17]
+    assert not (tmp_path / "cache").exists()
+    asked = proxy.gets("tar")
+    assert len(asked) == 3
+    for line in asked:
+        first, last = map(int, line.rpartition("bytes=")[2].split("-"))
+        assert last - first < 4096 < (folder / "00000.tar").stat().st_size
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("kind", "at"), [("500", 0), ("cut", 100), ("cut", 0), ("refuse", 0), ("stall", 100), ("short", 30)]
+)
+def test_what_passes_is_tried_again(
+    proxy: Proxy, folder: Path, cache_gb: float, kind: Any, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = open_shards(folder)
+    proxy.faults = [
+        Fault(kind, r"manifest", at=at),
+        Fault(kind, r"00001\.idx", at=at),
+        Fault(kind, r"00001\.tar", at=at),
+        Fault(kind, r"00003\.tar", at=at),
+    ]
+    if kind == "short":  # a manifest has nothing to be compared with, nor has an index in memory
+        proxy.faults = proxy.faults[2 if cache_gb == 0 else 1 :]
+    shards = open_shards(URL, cache_gb=cache_gb)
+    assert shards.read_many(range(N)) == here.read_many(range(N))
+    assert not [fault for fault in proxy.faults if fault.times]
+    if kind == "500":
+        assert f"{URL}/manifest.jsonl" in caplog.text
+        assert "trying again" in caplog.text
+
+
+def test_a_download_that_is_cut_again_and_again_goes_on(proxy: Proxy, folder: Path) -> None:
+    proxy.faults = [Fault("cut", r"00002\.tar", times=3, at=3000)]
+    assert open_shards(URL).read(9) == open_shards(folder).read(9)
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_an_object_of_the_wrong_length_is_an_error_that_says_which(
+    proxy: Proxy, kind: Any, tmp_path: Path
+) -> None:
+    proxy.faults = [Fault(kind, r"00001\.tar", times=1000)]
+    shards = open_shards(URL)
+    assert shards.read(0).sample_id == 0
+    with pytest.raises(
+        UserError, match=rf"{URL}/00001\.tar cannot be read after 5 tries: it has .* bytes"
+    ) as told:
+        shards.read(5)
+    assert "upload both again" in str(told.value)
+    assert not list((tmp_path / "cache" / "shards").glob("*00001.tar*"))
+
+
+def test_an_object_with_other_bytes_of_the_same_length_is_an_error(
+    proxy: Proxy, port: int, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "other", samples(8))
+    flip(folder / "00001.tar", 700)
+    upload(folder, port, "other")
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read after 5 tries: its xxh3 is"):
+        open_shards(f"s3://{BUCKET}/other").read(5)
+    # without the whole shard at hand it is the sample that shows
+    there, here = open_shards(f"s3://{BUCKET}/other", cache_gb=0), open_shards(folder)
+    theirs, mine = there.read_many(range(8)), here.read_many(range(8))
+    assert [str(sample) for sample in theirs] == [str(sample) for sample in mine]
+    assert [type(sample) for sample in theirs].count(DamagedSample) == 1
+
+
+@MODES
+def test_a_server_that_dies_for_good_ends_in_one_sentence(proxy: Proxy, cache_gb: float) -> None:
+    shards = open_shards(URL, cache_gb=cache_gb)
+    shards.read(0)
+    proxy.dead = True
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"s3://bucket/set/0000[45]\.\w+ cannot be read after 5 tries: .+; check the"
+    ):
+        shards.read_many([17])
+    proxy.close()  # nobody listens
+    with pytest.raises(UserError, match=r"cannot be read after 5 tries"):
+        shards.read(21)
+    assert time.monotonic() - start < 30
+    assert cache_gb == 0 or shards.read(0).sample_id == 0
+
+
+def test_a_server_that_falls_silent_for_good_ends_in_one_sentence(proxy: Proxy) -> None:
+    shards = open_shards(URL)
+    proxy.faults = [Fault("stall", "tar", times=1000)]
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"00000\.tar cannot be read after 5 tries"):
+        shards.read(0)
+    assert time.monotonic() - start < 60
+
+
+def test_processes_forked_spawned_and_copied_read_the_same(proxy: Proxy, folder: Path) -> None:
+    here, there = open_shards(folder), open_shards(URL, cache_gb=0)
+    expected = all_of(here)
+    assert there.read(1) == expected[1]  # the connection of the parent
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(there.read, range(N))) == expected
+    assert there.read(2) == expected[2]
+    assert pickle.loads(pickle.dumps(there)).read(3) == expected[3]
+    assert copy.copy(there).read(3) == expected[3]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(there.read, range(N))) == expected
+
+
+def read_all(shards: ShardSet, seed: int) -> list[Any]:
+    ids = random.Random(seed).sample(range(N), N)
+    return sorted(shards.read_many(ids), key=lambda raw: raw.sample_id)
+
+
+def test_processes_that_share_a_cache_download_each_file_once(proxy: Proxy, folder: Path) -> None:
+    proxy.pause = 0.05
+    shards = open_shards(URL)
+    with ProcessPoolExecutor(5, mp_context=multiprocessing.get_context("fork")) as pool:
+        for got in pool.map(read_all, [shards] * 5, range(5)):
+            assert got == all_of(open_shards(folder))
+    assert (len(proxy.gets("idx")), len(proxy.gets("tar"))) == (6, 6)
+
+
+def test_processes_read_on_from_a_cache_that_holds_less_than_they_use(
+    proxy: Proxy, folder: Path, tmp_path: Path
+) -> None:
+    tar = (folder / "00000.tar").stat().st_blocks * 512
+    limit = int(2.5 * tar)  # of six shards
+    cache = tmp_path / "small"
+    shards = open_shards(URL, cache_gb=limit / 1e9, cache=cache)
+    sizes: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            sizes.append(on_disk(cache))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+            for got in pool.map(read_all, [shards] * 8, range(8)):
+                assert got == all_of(open_shards(folder))
+    finally:
+        done.set()
+        thread.join()
+    assert len(proxy.gets("tar")) > 6
+    # four processes each bring a file that they need at once, whatever is in use
+    assert max(sizes) <= limit + 4 * tar
+    assert on_disk(cache) <= limit
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def on_disk(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir():
+        try:
+            total += path.stat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def test_prefetch_brings_shards_in_their_order_and_returns_at_once(proxy: Proxy, folder: Path) -> None:
+    proxy.pause = 0.05
+    shards = open_shards(URL)
+    start = time.monotonic()
+    shards.prefetch([5, 1, 3])
+    assert time.monotonic() - start < 0.05
+    wait_until(lambda: len(proxy.gets("tar")) == 3)
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "prefetch"])
+    asked = [line.split()[1] for line in proxy.gets("tar")]
+    assert {path.rpartition("/")[2] for path in asked} == {"00005.tar", "00001.tar", "00003.tar"}
+    before = len(proxy.log)
+    assert shards.read(5) == open_shards(folder).read(5)
+    assert shards.read(21) == open_shards(folder).read(21)
+    assert len(proxy.log) == before
+    open_shards(folder).prefetch([1, 2])  # of a local folder there is nothing to bring
+    open_shards(URL, cache_gb=0).prefetch([1, 2])
+
+
+def test_prefetch_waits_for_room_rather_than_evict_what_nobody_has_read_yet(
+    proxy: Proxy, folder: Path, tmp_path: Path
+) -> None:
+    one = sum((folder / f"00000.{end}").stat().st_blocks * 512 for end in ("tar", "idx"))
+    shards = open_shards(URL, cache_gb=3.4 * one / 1e9, cache=tmp_path / "small")
+    shards.prefetch([4, 3, 2, 1, 0])
+    wait_until(lambda: len(proxy.gets("tar")) == 3)
+    time.sleep(0.3)
+    assert len(proxy.gets("tar")) == 3
+    fetched = {line.split()[1].rpartition("/")[2] for line in proxy.gets("tar")}
+    assert fetched == {"00004.tar", "00003.tar", "00002.tar"}
+    shards.prefetch([])  # ends the waiting
+    assert shards.read(0).sample_id == 0  # what is needed now comes in any case
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "prefetch"])
+
+
+def wait_until(holds: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_failing_prefetch_is_left_to_the_reader(proxy: Proxy) -> None:
+    shards = open_shards(URL)
+    proxy.faults = [Fault("500", "tar", times=5)]
+    shards.prefetch([0])
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "prefetch"])
+    assert not proxy.faults[0].times
+    assert shards.read(0).sample_id == 0
+
+
+@MODES
+def test_a_stream_over_a_bucket_gives_the_batches_of_the_folder(
+    proxy: Proxy, port: int, tmp_path: Path, cache_gb: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_corpus(tmp_path / "corpus", n=30)
+    upload(folder, port, "corpus")
+    expected = global_batches(ranks_of(folder, 2), 5)
+    open_here = open_shards
+    monkeypatch.setattr(
+        "diptych.data.stream.open_shards",
+        lambda train, **_: open_here(f"s3://{BUCKET}/corpus", cache_gb=cache_gb),
+    )
+    proxy.faults = [Fault("500", "tar", times=2), Fault("cut", r"00002\.", at=200)]
+    assert all_same(global_batches(ranks_of(folder, 2, workers=2), 5), expected)
+
+
+def test_a_folder_on_a_web_server_is_read_over_http(port: int, folder: Path, proxy: Proxy) -> None:
+    url = f"{proxy.url}/{BUCKET}/set?token=secret"
+    for cache_gb in (1.0, 0.0):
+        proxy.faults = [Fault("cut", r"00001\.tar", at=2000), Fault("stall", r"00002\.tar", at=10)]
+        shards = open_shards(url, cache_gb=cache_gb)
+        assert shards.read_many(range(N)) == open_shards(folder).read_many(range(N))
+        assert not [fault for fault in proxy.faults if fault.times]
+        assert "secret" not in str(shards.folder)
+    assert all("token=secret" in line for line in proxy.log)
+
+
+def test_memory_is_a_remote_like_others(folder: Path) -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        system.pipe_file(f"/set/{path.name}", path.read_bytes())
+    for cache_gb in (1.0, 0.0):
+        shards = open_shards("memory://set", cache_gb=cache_gb)
+        assert shards.read_many(range(N)) == open_shards(folder).read_many(range(N))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (f"s3://{BUCKET}/none", r"s3://bucket/none/manifest.jsonl cannot be read: .*; there is no such file"),
+        ("s3://no-such-bucket/set", r"cannot be read: .*; there is no such file; check the URL"),
+        ("pipe:cat x.tar", "is a shell command, and Diptych runs none"),
+        ("ftp://host/set", r"'ftp://host/set' has a scheme that is not read; .* s3://"),
+        (
+            "gs://bucket/set",
+            r'gs:// needs gcsfs, which is not installed; install it: pip install "diptych\[gs\]"',
+        ),
+    ],
+)
+def test_what_cannot_be_opened_is_told(proxy: Proxy, url: str, message: str, monkeypatch: Any) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    with pytest.raises(UserError, match=message):
+        open_shards(url)
+
+
+def test_missing_credentials_are_told_at_once(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nowhere")
+    with pytest.raises(UserError, match=r"check the credentials \(docs/remote.md\)"):
+        open_shards(URL)
+    assert not proxy.log
+
+
+def test_a_url_is_told_from_a_path() -> None:
+    assert as_url("s3://a/b") == as_url(Path("s3://a/b")) == "s3://a/b"
+    for path in ("data/train", "/data/s3", "corpus:icons/train", "C:/data", "s3:", "odd:/name"):
+        assert as_url(path) is None
+    assert shown("https://user:word@host/a/b?sig=1#c") == "https://host/a/b"
+    folder = RemoteFolder("https://host/a b/?sig=1")
+    assert (folder / "x y.tar").url == "https://host/a b/x%20y.tar?sig=1"
+    assert (RemoteFolder("s3://b/set/") / "x y.tar").url == "s3://b/set/x y.tar"
+
+
+def test_shutting_down_leaves_no_thread_that_hangs(proxy: Proxy) -> None:
+    assert remote._made or open_shards(URL)
+    code = f"from diptych.data.shards import open_shards; s = open_shards('{URL}', cache_gb=0); s.read(0)"
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=dict(os.environ),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
