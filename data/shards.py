@@ -5,6 +5,7 @@ whether its bytes are still those that were written.
 """
 
 import os
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,10 +100,11 @@ class ShardSet:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
+        self._lock = threading.Lock()
         self._opened: OrderedDict[int, OpenedShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_opened": None, "_by_hash": None}
+        return vars(self) | {"_lock": None, "_opened": None, "_by_hash": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -117,25 +119,30 @@ class ShardSet:
     def _open(self, shard: int) -> OpenedShard:
         if self._pid != os.getpid():  # a forked child
             self._reset()
-        opened = self._opened.pop(shard, None)
-        if opened is None:
-            opened = self._store.open(self.rows[shard])
-            if self.is_remote:
-                self._make_room(opened.memory)
-        self._opened[shard] = opened
-        while len(self._opened) > OPEN_SHARDS:
-            self._opened.popitem(last=False)
+        with self._lock:
+            opened = self._opened.pop(shard, None)
+            if opened is not None:
+                self._opened[shard] = opened
+                return opened
+        opened = self._store.open(self.rows[shard])
+        with self._lock:
+            left = self._make_room(opened.memory)
+            left.append(self._opened.pop(shard, None))
+            self._opened[shard] = opened
+        del left  # files are closed when nobody holds the lock
         return opened
 
-    def _make_room(self, memory: int) -> None:
-        """Close shards that were evicted from the cache, and the least recent ones whose indexes fill the
-        memory."""
-        opened = list(self._opened.items())
-        memory += sum(one.memory for _, one in opened)
-        for shard, one in opened:
-            if one.is_left() or (one.memory and memory > INDEX_BYTES):
+    def _make_room(self, memory: int) -> list[OpenedShard | None]:
+        """Let go of one shard if there are as many as may be open, of those that were evicted from the cache,
+        and of the least recent ones if their indexes fill the memory."""
+        left: list[int] = []
+        memory += sum(one.memory for one in self._opened.values())
+        for number, (shard, one) in enumerate(self._opened.items()):
+            too_many = len(self._opened) - number >= OPEN_SHARDS
+            if too_many or one.is_left() or (one.memory and memory > INDEX_BYTES):
                 memory -= one.memory
-                self._opened.pop(shard, None)
+                left.append(shard)
+        return [self._opened.pop(shard) for shard in left]
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """A hint that these shards will be read, in this order; returns at once.

@@ -24,7 +24,7 @@ class Fault:
     """What happens to the next ``times`` requests whose line matches ``where``.
 
     "500": the server's answer is an error; "cut": the connection ends after ``at`` bytes of the body;
-    "stall": it falls silent there; "short" and "long": the object has ``at`` bytes fewer or more, and says so;
+    "stall": it falls silent there; "short" and "long": the object has ``at`` bytes fewer or more and says so;
     "refuse": the connection ends before an answer.
     """
 
