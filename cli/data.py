@@ -314,11 +314,11 @@ def trace(args: argparse.Namespace) -> int:
     path = Path(args.config)
     file = path / "config.yaml" if path.is_dir() else path
     config = load_config(PretrainConfig, file, args.overrides)
-    data = config.data.model_copy(update=_stored_order(path)) if path.is_dir() else config.data
     for line in trace_lines(
-        data,
+        config.data,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
+        state=_stored_order(path) if path.is_dir() else None,
         world_size=args.world_size,
         workers=args.workers,
         epoch=args.epoch,
@@ -329,14 +329,13 @@ def trace(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stored_order(run: Path) -> dict[str, int]:
-    """Lanes and window that a run goes on with, if it has a checkpoint."""
+def _stored_order(run: Path) -> dict[str, Any] | None:
+    """The stream's state that a run goes on from, if it has a checkpoint."""
     from ..pretrain.checkpoint import newest_checkpoint, read_document
     from ..pretrain.state import TRAINER_NAME
 
     newest = newest_checkpoint(run)
-    stream = read_document(newest / TRAINER_NAME)["stream"] if newest is not None else {}
-    return {key: stream[key] for key in ("lanes", "window") if key in stream}
+    return read_document(newest / TRAINER_NAME)["stream"] if newest is not None else None
 
 
 def _bar() -> Any:

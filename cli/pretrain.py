@@ -89,10 +89,12 @@ class _Console:
         processes = f"{facts['world_size']} process{'es' if facts['world_size'] > 1 else ''}"
         state = f"goes on after step {facts['step']}" if facts["step"] else "starts"
         print(
-            f"{facts['run']} {state}: {facts['total_steps']} steps of {facts['global_batch_size']} samples "
-            f"({facts['samples']} in the data), {facts['parameters'] / 1e6:.1f} M parameters, {processes} on "
+            f"{facts['run']} {state}: {facts['total_steps']} steps of {facts['global_batch_size']} samples, "
+            f"{facts['parameters'] / 1e6:.1f} M parameters, {processes} on "
             f"{facts['device']} with {facts['threads']} thread{'s' if facts['threads'] > 1 else ''} each, "
             f"{facts['precision']}",
+            *(f"data: {line}" for line in facts["data"]),
+            sep="\n",
             file=sys.stderr,
         )
         if sys.stderr.isatty():

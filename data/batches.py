@@ -4,38 +4,33 @@ A damaged sample keeps its row: a blank image, an empty caption, ``valid`` False
 positions never shift, and every rank has the rows it is meant to have.
 """
 
-import copy
-import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..configs.errors import UserError
-from .augment import AugmentConfig, least_side, train_image
-from .captions import CaptionConfig, choose_caption
-from .decode import DecodeError, decode_image
-from .order import Order
+from .augment import AugmentConfig, finish
+from .captions import CaptionConfig, choose_text, word
+from .datasets import Source
+from .decode import Bytes, DecodeError, decode_crop
+from .order import AnyOrder, rank_slice
 from .permutation import SampleRandom
-from .shards import DamagedSample, RawSample, ShardSet
+from .reading import read_many_retrying
+from .shards import DamagedSample, RawSample
 from .text import Tokenizer, caption_hash
 
-__all__ = ["BatchMaker", "Failure", "Recipe", "decode_sample", "read_retrying"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Batch", "BatchMaker", "Failure", "Recipe"]
 
 Batch = dict[str, Any]
-P = ParamSpec("P")
-T = TypeVar("T")
 
-RETRIES = 5
-FIRST_WAIT_S = 0.2  # doubled at each retry: 6 seconds in all
-TOGETHER = 16  # samples that are read, then decoded, then augmented; their full-size pixels are in memory
+# Small images cost a quarter less when some are decoded before any is finished: the code of each half stays
+# in the caches. Their crops are in memory at once.
+TOGETHER = 16
+REQUESTS = 128  # samples fetched together from a remote, where each takes a round trip
 _AUGMENT, _CAPTION = 0, 1  # what a sample's random numbers are for
 
 
@@ -59,15 +54,38 @@ class Failure:
     message: str
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a batch: which sample of which source, for the how-manieth time, and its bytes."""
+
+    source: int
+    epoch: int
+    sample_id: int
+    raw: RawSample | DamagedSample
+
+
+@dataclass
+class _Made:
+    """What becomes of the rows, in their order."""
+
+    image: Bytes
+    texts: list[str]
+    captions: list[str]
+    draws: list[float]
+    bad: dict[int, DamagedSample]
+
+
 class BatchMaker(Dataset[Any]):
     """A map from (epoch, step) to this rank's batch. Pickles, so that any start method of workers serves."""
 
-    def __init__(self, shards: ShardSet, order: Order, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        self.shards = shards
+    def __init__(
+        self, sources: Sequence[Source], order: AnyOrder, tokenizer: Tokenizer, recipe: Recipe, seed: int
+    ) -> None:
+        self.sources = list(sources)
         self.order = order
         self.tokenizer = tokenizer
         self.recipe = recipe
-        self._random = SampleRandom(order.seed)
+        self._random = SampleRandom(seed)
 
     def __getitem__(self, index: tuple[int, int]) -> Batch | Failure:
         try:
@@ -78,106 +96,91 @@ class BatchMaker(Dataset[Any]):
     def batch(self, epoch: int, step: int) -> Batch:
         """One local batch of b rows; see ``Stream`` for its entries. Raises UserError."""
         recipe = self.recipe
-        ids = self.order.local_batch(epoch, step, recipe.rank, recipe.world_size)
-        # filled by numpy, which copies interleaved pixels into planes twice as fast as torch
-        image = np.empty((len(ids), 3, recipe.image_size, recipe.image_size), dtype=np.uint8)
+        rows = rank_slice(recipe.rank, recipe.world_size, self.order.global_batch_size)
+        places = self.order.places(epoch, step, rows)
+        ids = np.empty_like(places.ordinal)
+        for s, source in enumerate(self.sources):
+            mine = places.source == s
+            ids[mine] = source.sample_ids(places.ordinal[mine])
+        made = self._make(places.source.tolist(), places.epoch.tolist(), ids.tolist())
+        token_ids, seq_lens = self.tokenizer.pack(made.captions, recipe.captions.truncate, made.draws)
         valid = torch.ones(len(ids), dtype=torch.bool)
-        captions: list[str] = []
-        bad: list[dict[str, Any]] = []
-        for start in range(0, len(ids), TOGETHER):
-            few = ids[start : start + TOGETHER].tolist()
-            for row, (sample_id, made) in enumerate(zip(few, self._samples(epoch, few), strict=True), start):
-                if isinstance(made, DamagedSample):
-                    if recipe.on_bad == "raise":
-                        raise UserError(f"{made}; mend or remove it, or set data.on_bad: mask") from made
-                    image[row], valid[row] = 255, False
-                    place = {"epoch": epoch, "step": step, "sample_id": sample_id}
-                    bad.append({"shard": made.shard, "key": made.key, "reason": made.reason} | place)
-                    captions.append("")
-                else:
-                    image[row] = made[0].numpy()
-                    captions.append(made[1])
-        token_ids, seq_lens = self.tokenizer.pack(captions)
+        valid[list(made.bad)] = False
         return {
-            "image": torch.from_numpy(image),
+            "image": torch.from_numpy(made.image),
             "token_ids": token_ids,
             "seq_lens": seq_lens,
             "valid": valid,
             "sample_id": torch.from_numpy(ids),
-            "source": torch.zeros(len(ids), dtype=torch.int16),
-            "caption_hash": torch.tensor([caption_hash(caption) for caption in captions], dtype=torch.int64),
+            "source": torch.from_numpy(places.source),
+            "caption_hash": torch.tensor([caption_hash(text) for text in made.texts], dtype=torch.int64),
             "epoch": epoch,
             "step": step,
-            "bad": bad,
+            "cut_captions": self.tokenizer.cut,
+            "bad": [
+                {"shard": bad.shard, "key": bad.key, "reason": bad.reason, "epoch": epoch, "step": step}
+                | {"source": int(places.source[row]), "sample_id": int(ids[row])}
+                for row, bad in made.bad.items()
+            ],
         }
 
-    def _samples(self, epoch: int, ids: list[int]) -> list[tuple[Tensor, str] | DamagedSample]:
-        """Pixels uint8 [3, S, S] and caption of a few samples, or what is wrong with them.
-
-        One kind of work after another, not one sample after another: code that is warm in the caches takes a
-        quarter less time for small images.
-        """
-        recipe = self.recipe
-        least = least_side(recipe.image_size, recipe.augment)
-        raws = [_attempt(self._read, sample_id) for sample_id in ids]
-        images = [
-            raw
-            if isinstance(raw, DamagedSample)
-            else _attempt(decode_sample, raw, max_pixels=recipe.max_pixels, least=least)
-            for raw in raws
-        ]
-        made: list[tuple[Tensor, str] | DamagedSample] = []
-        for raw, image in zip(raws, images, strict=True):
-            if isinstance(image, DamagedSample):
-                made.append(image)
-                continue
-            assert isinstance(raw, RawSample)
-            rng = self._random.at(epoch, raw.sample_id, _AUGMENT)
-            pixels = train_image(image, recipe.image_size, recipe.augment, rng)
-            rng = self._random.at(epoch, raw.sample_id, _CAPTION)
-            made.append((pixels, choose_caption(recipe.captions, raw.caption, raw.meta, rng)))
+    def _make(self, sources: list[int], epochs: list[int], ids: list[int]) -> _Made:
+        """Images uint8 [b, 3, S, S] and texts of the rows."""
+        side = self.recipe.image_size
+        # filled by numpy, which copies interleaved pixels into planes twice as fast as torch
+        made = _Made(np.empty((len(ids), 3, side, side), dtype=np.uint8), [], [], [], {})
+        far = any(source.shards.is_remote for source in self.sources)
+        step = REQUESTS if far else TOGETHER
+        for start in range(0, len(ids), step):
+            part = slice(start, start + step)
+            raws = self._read(sources[part], ids[part])
+            rows = [_Row(*row) for row in zip(sources[part], epochs[part], ids[part], raws, strict=True)]
+            for first in range(0, len(rows), TOGETHER):
+                self._finish(rows[first : first + TOGETHER], start + first, made)
         return made
 
-    def _read(self, sample_id: int) -> RawSample:
-        raw, self.shards = read_retrying(self.shards, sample_id)
-        return raw
+    def _read(self, sources: list[int], ids: list[int]) -> list[RawSample | DamagedSample]:
+        out: list[Any] = [None] * len(ids)
+        for s in dict.fromkeys(sources):
+            rows = [row for row, source in enumerate(sources) if source == s]
+            own = self.sources[s]
+            raws, shards = read_many_retrying(own.shards, [ids[row] for row in rows])
+            if shards is not own.shards:
+                self.sources[s] = replace(own, shards=shards)
+            for row, raw in zip(rows, raws, strict=True):
+                out[row] = raw
+        return out
 
+    def _finish(self, rows: list[_Row], start: int, made: _Made) -> None:
+        """Decode and augment a few rows into their places from ``start`` on, and word their captions."""
+        recipe = self.recipe
+        crops = [self._crop(row) for row in rows]
+        for number, (row, crop) in enumerate(zip(rows, crops, strict=True), start):
+            if isinstance(crop, DamagedSample):
+                if recipe.on_bad == "raise":
+                    raise UserError(f"{crop}; mend or remove it, or set data.on_bad: mask") from crop
+                made.image[number] = 255
+                made.bad[number] = crop
+                made.texts.append("")
+                made.captions.append("")
+                made.draws.append(0.0)
+                continue
+            assert isinstance(row.raw, RawSample)
+            made.image[number] = finish(crop[0], recipe.image_size, recipe.augment, crop[1]).numpy()
+            rng = self._random.at(row.epoch, row.sample_id, _CAPTION, row.source)
+            text = choose_text(recipe.captions, row.raw.caption, row.raw.meta, rng)
+            made.texts.append(text)
+            made.captions.append(word(recipe.captions, text, rng))
+            made.draws.append(rng.random() if recipe.captions.truncate == "random" else 0.0)
 
-def _attempt(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | DamagedSample:
-    try:
-        return make(*args, **kwargs)
-    except DamagedSample as error:
-        return error
-
-
-def decode_sample(raw: RawSample, *, max_pixels: int, least: int | None = None) -> Tensor:
-    """Pixels uint8 [3, H, W] of a sample; see ``decode_image``. Raises DamagedSample."""
-    try:
-        return decode_image(raw.image, max_pixels=max_pixels, least=least)
-    except DecodeError as error:
-        raise DamagedSample(raw.shard, raw.key, error.reason) from error
-
-
-def read_retrying(shards: ShardSet, sample_id: int) -> tuple[RawSample, ShardSet]:
-    """Read a sample, again and with fresh file handles where the file system fails.
-
-    Returns the set that served too, to be used from then on. Raises DamagedSample, and UserError that names
-    the file after the last try.
-    """
-    wait = FIRST_WAIT_S
-    for attempt in range(RETRIES + 1):
+    def _crop(self, row: _Row) -> tuple[Bytes, list[float]] | DamagedSample:
+        if isinstance(row.raw, DamagedSample):
+            return row.raw
+        recipe = self.recipe
+        rng = self._random.at(row.epoch, row.sample_id, _AUGMENT, row.source)
         try:
-            return shards.read(sample_id), shards
-        except OSError as error:
-            shard = int(np.searchsorted(np.cumsum(shards.shard_sizes), sample_id, side="right"))
-            file = shards.folder / shards.shard_names[shard]
-            reason = error.strerror or str(error)
-            if attempt == RETRIES:
-                raise UserError(
-                    f"{file} cannot be read after {RETRIES + 1} tries: {reason}; check the file system"
-                ) from error
-            log.warning("%s: %s; trying again in %.1f s", file, reason, wait)
-            time.sleep(wait)
-            wait *= 2
-            shards = copy.copy(shards)
-    raise AssertionError("unreachable")
+            return decode_crop(
+                row.raw.image, recipe.image_size, recipe.augment, rng, max_pixels=recipe.max_pixels
+            )
+        except DecodeError as error:
+            return DamagedSample(row.raw.shard, row.raw.key, error.reason)

@@ -1,30 +1,21 @@
 """The order of samples as a pure function of (seed, epoch, position).
 
-Shards are permuted by (seed, epoch); their samples, less the epoch's rest, make a virtual sequence, which is
-cut into equal lanes. All lanes advance in lockstep, each contributing equally many rows of every global
-batch; inside a lane samples are shuffled within windows of a few shards. Nothing is stored per sample and
-nothing depends on ranks or workers, so an epoch goes on from any step on any machine (docs/stream.md).
+All lanes advance in lockstep, each contributing equally many rows of every global batch. ``Order`` walks one
+data set, ``Mixture`` several. Nothing depends on ranks or workers, so an epoch goes on from any step on any
+machine (docs/stream.md).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
-from .permutation import fold, hash_words, permute
+from .lanes import Ints, LaneOrder, default_lanes
 
-__all__ = ["Order", "Steps", "default_lanes", "default_window", "rank_slice"]
-
-Ints = NDArray[np.int64]
-
-WHOLE = 1 << 18  # data sets up to this many samples are shuffled as a whole
-SHARDS_PER_LANE = 8
-SHARDS_PER_WINDOW = 4
-_SHARDS, _WINDOWS, _REST, _REST_START = 1, 2, 3, 4  # what a key is for
+__all__ = ["AnyOrder", "Order", "Places", "Steps", "rank_slice"]
 
 
 def rank_slice(rank: int, world_size: int, global_batch_size: int) -> slice:
@@ -32,33 +23,37 @@ def rank_slice(rank: int, world_size: int, global_batch_size: int) -> slice:
     return slice(rank * global_batch_size // world_size, (rank + 1) * global_batch_size // world_size)
 
 
-def default_lanes(num_samples: int, num_shards: int, global_batch_size: int) -> int:
-    """One lane for data that is shuffled as a whole, else the most that divide the batch and leave each lane
-    at least eight shards."""
-    if num_samples <= WHOLE:
-        return 1
-    most = min(max(1, num_shards // SHARDS_PER_LANE), global_batch_size)
-    return next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
-
-
-def default_window(num_samples: int, num_shards: int, lanes: int) -> int:
-    """Samples per window: four average shards, and never so few that all lanes' windows hold under 2^18."""
-    return max(-(-SHARDS_PER_WINDOW * num_samples // num_shards), -(-WHOLE // lanes))
-
-
 @dataclass(frozen=True)
-class _Epoch:
-    """Shards in the epoch's order: ends int64 [S] of their virtual positions, first int64 [S] sample ids;
-    gaps int64 [r] sorted, how many kept samples precede each omitted one."""
+class Places:
+    """What stands at some rows: ``source`` int16 [n], which data set; ``epoch`` int64 [n], how often that set
+    was gone through before; ``ordinal`` int64 [n], which of its samples."""
 
-    ends: Ints
-    starts: Ints
-    first: Ints
-    gaps: Ints
+    source: NDArray[np.int16]
+    epoch: Ints
+    ordinal: Ints
+
+
+class AnyOrder(Protocol):
+    """What a stream needs of an order."""
+
+    global_batch_size: int
+    steps_per_epoch: int
+
+    def places(self, epoch: int, step: int, rows: slice) -> Places:
+        """What stands at some rows of a global batch."""
+        ...
+
+    def shards_ahead(self, epoch: int, step: int, rows: slice) -> list[tuple[int, int]]:
+        """(source, shard) that these rows read now and in the windows that follow, in the order of need."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What makes the order, as JSON."""
+        ...
 
 
 class Order:
-    """Which sample stands at which row of which global batch.
+    """Which sample of one data set stands at which row of which global batch.
 
     Raises UserError if the data has fewer samples than one global batch or the lanes do not divide it.
     """
@@ -74,9 +69,8 @@ class Order:
     ) -> None:
         """``shard_sizes``: samples in each shard, in the manifest's order. ``lanes`` and ``window`` (samples)
         follow from the data by default; a run stores them, for they are part of the order."""
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self._base = np.cumsum(self._sizes) - self._sizes
-        self.num_samples = int(self._sizes.sum())
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(sizes.sum())
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = self.num_samples // global_batch_size
@@ -85,80 +79,61 @@ class Order:
                 f"global_batch_size: {global_batch_size} is more than the {self.num_samples} samples of the "
                 f"data; lower it"
             )
-        shards = int((self._sizes > 0).sum())
-        self.lanes = default_lanes(self.num_samples, shards, global_batch_size) if lanes is None else lanes
-        if self.lanes < 1 or global_batch_size % self.lanes:
-            raise UserError(f"data.lanes: {self.lanes} must divide the global batch of {global_batch_size}")
-        self.window = default_window(self.num_samples, shards, self.lanes) if window is None else window
-        if self.window < 1:
-            raise UserError(f"data.window: {self.window} must be at least 1 sample")
-        self._rows_per_lane = global_batch_size // self.lanes
-        self._lane_length = self.steps_per_epoch * self._rows_per_lane
-        self._windows = max(1, round(self._lane_length / self.window))
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        settings = (self.seed, self.global_batch_size, self.lanes, self.window)
-        return _rebuild, (self._sizes, *settings)
+        if lanes is None:
+            lanes = default_lanes(self.num_samples, int((sizes > 0).sum()), global_batch_size)
+        check_lanes(lanes, global_batch_size)
+        self.rows_per_lane = global_batch_size // lanes
+        length = self.steps_per_epoch * self.rows_per_lane
+        self._set = LaneOrder(sizes, seed=seed, lanes=lanes, lane_length=length, window=window)
+        self.lanes, self.window = lanes, self._set.window
 
     def global_batch(self, epoch: int, step: int) -> Ints:
         """Sample ids int64 [B] of a global batch; ``step`` counts from 0 within the epoch."""
-        return self.rows(epoch, step, slice(0, self.global_batch_size))
+        return self.places(epoch, step, slice(0, self.global_batch_size)).ordinal
 
     def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> Ints:
         """Sample ids of a rank's share of a global batch."""
-        return self.rows(epoch, step, rank_slice(rank, world_size, self.global_batch_size))
+        return self.places(epoch, step, rank_slice(rank, world_size, self.global_batch_size)).ordinal
 
-    def rows(self, epoch: int, step: int, rows: slice) -> Ints:
-        """Sample ids of some rows of a global batch, at a cost that follows from their number alone."""
+    def places(self, epoch: int, step: int, rows: slice) -> Places:
+        """What stands at some rows of a global batch, at a cost that follows from their number alone."""
         assert 0 <= step < self.steps_per_epoch, "step outside the epoch"
         row = np.arange(rows.start, rows.stop, dtype=np.int64)
-        lane, row_in_lane = np.divmod(row, self._rows_per_lane)
-        position = step * self._rows_per_lane + row_in_lane
-        return self._lookup(epoch, lane * self._lane_length + self._shuffle(epoch, lane, position))
+        lane, row_in_lane = np.divmod(row, self.rows_per_lane)
+        ids = self._set.at(epoch, lane, step * self.rows_per_lane + row_in_lane)
+        return Places(np.zeros(len(row), dtype=np.int16), np.full(len(row), epoch, dtype=np.int64), ids)
 
     def rest(self, epoch: int) -> Ints:
-        """Sorted ids of the samples that an epoch omits, fewer than one global batch.
+        """Sorted ids of the samples that an epoch omits, fewer than one global batch; see ``LaneOrder``."""
+        return self._set.rest(epoch)
 
-        They are consecutive pieces of one permutation, so that a sample omitted in one epoch is in the next,
-        and in the long run all are omitted equally often.
-        """
-        count = self.num_samples % self.global_batch_size
-        start = hash_words(self.seed, _REST_START) + epoch * count
-        turn = (start % self.num_samples + np.arange(count, dtype=np.int64)) % self.num_samples
-        n = self.num_samples
-        return np.sort(permute(turn, n, hash_words(self.seed, _REST), largest=n))
+    def shards_ahead(self, epoch: int, step: int, rows: slice) -> list[tuple[int, int]]:
+        """(0, shard) that these rows read in their present windows and the next, in the order of need."""
+        lanes = range(rows.start // self.rows_per_lane, (rows.stop - 1) // self.rows_per_lane + 1)
+        position = step * self.rows_per_lane
+        return in_turn([self._set.shards_from(epoch, lane, position, 1) for lane in lanes], source=0)
 
-    def _shuffle(self, epoch: int, lane: Ints, position: Ints) -> Ints:
-        """Positions in each lane to other positions in the same window."""
-        windows, length = self._windows, self._lane_length
-        window = ((position + 1) * windows - 1) // length  # the last one that starts at or before it
-        start = window * length // windows
-        size = (window + 1) * length // windows - start
-        key = fold(fold(hash_words(self.seed, _WINDOWS, epoch), lane), window)
-        # equal numbers of bits for windows whose sizes differ by one
-        largest = -(-length // windows)
-        return start + permute(position - start, size, key, largest=largest)
+    def state(self) -> dict[str, Any]:
+        """What makes the order, as JSON."""
+        return {
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "lanes": self.lanes,
+            "window": self.window,
+        }
 
-    def _lookup(self, epoch: int, kept: Ints) -> Ints:
-        """Sample ids of ordinals among the samples that the epoch keeps."""
-        state = self._epoch(epoch)
-        virtual = kept + np.searchsorted(state.gaps, kept, side="right")
-        shard = np.searchsorted(state.ends, virtual, side="right")
-        return state.first[shard] + virtual - state.starts[shard]
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
-        keys = fold(hash_words(self.seed, _SHARDS, epoch), np.arange(len(self._sizes)))
-        turn = np.argsort(keys, kind="stable")
-        sizes = self._sizes[turn]
-        ends = np.cumsum(sizes)
-        starts = ends - sizes
-        omitted = self.rest(epoch)
-        shard = np.searchsorted(self._base + self._sizes, omitted, side="right")
-        place = np.empty_like(turn)
-        place[turn] = np.arange(len(turn))
-        virtual = np.sort(starts[place[shard]] + omitted - self._base[shard])
-        return _Epoch(ends, starts, self._base[turn], virtual - np.arange(len(virtual)))
+def check_lanes(lanes: int, global_batch_size: int) -> None:
+    """UserError unless the lanes divide the global batch."""
+    if lanes < 1 or global_batch_size % lanes:
+        raise UserError(f"data.lanes: {lanes} must divide the global batch of {global_batch_size}")
+
+
+def in_turn(lists: Sequence[Sequence[int]], *, source: int) -> list[tuple[int, int]]:
+    """First the first of each list, then the second of each, and so on, without repeats."""
+    longest = max((len(one) for one in lists), default=0)
+    merged = (one[i] for i in range(longest) for one in lists if i < len(one))
+    return [(source, shard) for shard in dict.fromkeys(merged)]
 
 
 class Steps:
@@ -174,7 +149,3 @@ class Steps:
             step += 1
             if step == steps_per_epoch:
                 epoch, step = epoch + 1, 0
-
-
-def _rebuild(sizes: Ints, seed: int, global_batch_size: int, lanes: int, window: int) -> Order:
-    return Order(sizes, seed=seed, global_batch_size=global_batch_size, lanes=lanes, window=window)

@@ -95,11 +95,11 @@ class SampleRandom:
         self._state: Any = self._bits.state
         self._seed = seed & _MASK
 
-    def at(self, epoch: int, sample_id: int, purpose: int = 0) -> Generator:
+    def at(self, epoch: int, sample_id: int, purpose: int = 0, source: int = 0) -> Generator:
         """The generator at the start of a sample's own numbers; valid until the next call."""
         state = self._state
         state["state"]["key"][:] = (self._seed, epoch)
-        state["state"]["counter"][:] = (0, sample_id, purpose, 0)  # the first word counts the draws
+        state["state"]["counter"][:] = (0, sample_id, purpose, source)  # the first word counts the draws
         state["buffer_pos"] = 4
         state["has_uint32"] = 0
         self._bits.state = state

@@ -6,16 +6,15 @@ trace of another topology that differs by one id would be a bug.
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..configs.errors import UserError
-from ..configs.files import resolve_data_path
-from .order import Order, Steps
-from .shards import open_shards
-from .stream import DataConfig
+from .config import DataConfig
+from .datasets import Source, make_order, open_sources, resumed_order
+from .order import AnyOrder, Places, Steps, rank_slice
 
 __all__ = ["trace_lines"]
 
@@ -25,25 +24,24 @@ def trace_lines(
     *,
     seed: int,
     global_batch_size: int,
+    state: Mapping[str, Any] | None = None,
     world_size: int = 1,
     workers: int = 0,
     epoch: int = 0,
     start: int = 0,
     steps: int | None = None,
 ) -> Iterator[str]:
-    """One JSON line ``{"epoch": .., "step": .., "sample_ids": [..]}`` per global batch.
+    """One JSON line ``{"epoch": .., "step": .., "sample_ids": [..]}`` per global batch; of a mixture with
+    ``"sources"``, the number of each sample's source.
 
     From step ``start`` of ``epoch``, ``steps`` of them (into later epochs if need be) or to the epoch's end.
-    Raises UserError if the data cannot be opened or ``start`` lies past the epoch.
+    ``state``: what a stream's ``state_dict`` gave, for a run that goes on with its order. Only manifests are
+    read, and indexes where there is a filter. Raises UserError if the data cannot be opened or ``start`` lies
+    past the epoch.
     """
-    shards = open_shards(resolve_data_path(config.train))
-    order = Order(
-        shards.shard_sizes,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        lanes=config.lanes,
-        window=config.window,
-    )
+    sources = open_sources(config, check_files=False)
+    order = make_order(config, sources, seed=seed, global_batch_size=global_batch_size)
+    order = order if state is None else resumed_order(order, sources, state)
     if not 1 <= world_size <= global_batch_size:
         raise UserError(
             f"--world-size: {world_size} must be between 1 and the global batch of {global_batch_size}"
@@ -59,15 +57,23 @@ def trace_lines(
     for place, *shares in zip(Steps(epoch, start, order.steps_per_epoch), *ranks, strict=False):
         if count == 0:
             return
-        ids = np.concatenate(shares).tolist()
-        yield json.dumps({"epoch": place[0], "step": place[1], "sample_ids": ids})
+        yield json.dumps({"epoch": place[0], "step": place[1]} | _ids(sources, shares))
         count -= 1
 
 
+def _ids(sources: list[Source], shares: list[Places]) -> dict[str, Any]:
+    source = np.concatenate([share.source for share in shares])
+    ids = np.concatenate([share.ordinal for share in shares])
+    for s, one in enumerate(sources):
+        ids[source == s] = one.sample_ids(ids[source == s])
+    return {"sample_ids": ids.tolist()} | ({"sources": source.tolist()} if len(sources) > 1 else {})
+
+
 def _rank(
-    order: Order, rank: int, world_size: int, workers: int, epoch: int, start: int
-) -> Iterator[NDArray[np.int64]]:
+    order: AnyOrder, rank: int, world_size: int, workers: int, epoch: int, start: int
+) -> Iterator[Places]:
     """A rank's shares, dealt in turn to workers that each have a copy of the order, as a DataLoader does."""
-    copies: list[Order] = [copy.copy(order) for _ in range(max(1, workers))]
+    rows = rank_slice(rank, world_size, order.global_batch_size)
+    copies: list[AnyOrder] = [copy.deepcopy(order) for _ in range(max(1, workers))]
     for number, place in enumerate(Steps(epoch, start, order.steps_per_epoch)):
-        yield copies[number % len(copies)].local_batch(*place, rank, world_size)
+        yield copies[number % len(copies)].places(*place, rows)

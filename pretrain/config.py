@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ..configs.load import StrictModel
-from ..data.stream import DataConfig
+from ..data.config import DataConfig
 from .contrastive import LossConfig
 from .optim import OptimConfig
 from .schedule import ScheduleConfig

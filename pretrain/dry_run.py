@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.stream import open_stream
-from ..data.text import build_tokenizer
+from ..data.text import tokenizer_for
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
 from .model import ContrastiveModel, build_model, image_size, open_clip_config
@@ -24,7 +24,7 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
     line by line. Writes nothing. Raises UserError as training would."""
     clip = build_model(config.model, load_weights=False)
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
-    tokenizer = build_tokenizer(text_cfg.get("hf_tokenizer_name"), int(text_cfg.get("context_length", 77)))
+    tokenizer = tokenizer_for(text_cfg, getattr(clip, "text_folder", None))
     root = ContrastiveModel(clip, pad_id=tokenizer.pad_id)
     side = image_size(clip)
     probe = min(PROBE, config.train.global_batch_size)
@@ -43,6 +43,8 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
     texts = sum(p.numel() for p in clip.text.parameters())
     flops, saved = _measure(root, _few(batch, probe))
     parameters, batch_size = images + texts, config.train.global_batch_size
+    for line in stream.describe():
+        yield f"data: {line}"
     yield f"data: {stream.num_samples:,} samples, {stream.steps_per_epoch} steps an epoch"
     yield f"run: {steps:,} steps of {batch_size:,} samples, {steps * batch_size:,} in all"
     yield f"image tower: {images / 1e6:.1f} M parameters at {side} px; text tower: {texts / 1e6:.1f} M"
@@ -51,7 +53,8 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
         yield f"global batch: {name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     lengths = batch["seq_lens"]
     yield (
-        f"captions: {lengths.float().mean():.1f} tokens on average of {tokenizer.context_length}; "
+        f"captions: {lengths.float().mean():.1f} tokens on average of {tokenizer.context_length}, "
+        f"{batch['cut_captions'] / len(lengths):.1%} longer and cut; "
         f"{int((~batch['valid']).sum())} damaged samples in the first batch"
     )
     yield f"work: {flops / probe / 1e9:.2f} GFLOP a sample, forward and backward"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.eval_batches import eval_batches
 from ..data.shards import ShardSet
-from ..data.stream import eval_batches
 from ..data.text import Tokenizer
 from .model import ContrastiveModel, LoadedModel
 from .retrieval import retrieval_scores, unique_captions

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..configs.files import atomic_write_bytes
+from ..data.eval_batches import eval_batches
 from ..data.shards import ShardSet
-from ..data.stream import eval_batches
 from .encode import Encoded
 from .pictures import Example, choose_examples, draw_examples, png, thumbnail
 from .retrieval import top_k

@@ -224,10 +224,6 @@ def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> 
         raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")
     clip = build_model(config)
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
-    from ..data.text import build_tokenizer
+    from ..data.text import tokenizer_for
 
-    tokenizer_name = text_cfg.get("hf_tokenizer_name")
-    if tokenizer_name and source.text_folder is not None:
-        tokenizer_name = str(source.text_folder)
-    tokenizer = build_tokenizer(tokenizer_name, int(text_cfg.get("context_length", 77)))
-    return LoadedModel(clip, tokenizer, device)
+    return LoadedModel(clip, tokenizer_for(text_cfg, source.text_folder), device)

@@ -19,7 +19,7 @@ class Quarantine:
         """``allowed``: how many distinct samples may be damaged after so many samples seen."""
         self.path = path
         self.allowed = allowed
-        self._known: set[int] = set()
+        self._known: set[tuple[int, int]] = set()
 
     @property
     def count(self) -> int:
@@ -31,7 +31,7 @@ class Quarantine:
         if distributed.rank() == 0:
             cut_metrics(self.path, step)
         distributed.barrier()
-        self._known = {int(row["sample_id"]) for row in read_metrics(self.path)}
+        self._known = {_sample(row) for row in read_metrics(self.path)}
 
     def add(self, bad: Sequence[Mapping[str, Any]], *, step: int, samples_seen: int, device: Any) -> None:
         """Take in this rank's damaged samples of one step; every rank calls it in the same step.
@@ -39,8 +39,8 @@ class Quarantine:
         Raises UserError, on every rank, past what is allowed.
         """
         everyone = [row for part in distributed.gather_json(list(bad), device=device) for row in part]
-        rows = [{**row, "step": step} for row in everyone if row["sample_id"] not in self._known]
-        self._known |= {row["sample_id"] for row in rows}
+        rows = [{**row, "step": step} for row in everyone if _sample(row) not in self._known]
+        self._known |= {_sample(row) for row in rows}
         if distributed.rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -51,3 +51,8 @@ class Quarantine:
                 f"than it allows, for instance {first}; all are named in {self.path}: run `diptych data "
                 "verify` on the shards, mend or remove them, or raise the limit"
             )
+
+
+def _sample(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Source and number of a damaged sample; what was written before there were sources is of the first."""
+    return int(row.get("source", 0)), int(row["sample_id"])

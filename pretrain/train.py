@@ -17,7 +17,7 @@ from ..configs.errors import UserError
 from ..configs.files import resolve_data_path
 from ..data.shards import open_shards
 from ..data.stream import open_stream
-from ..data.text import build_tokenizer
+from ..data.text import tokenizer_for
 from . import distributed
 from .checkpoint import newest_checkpoint, remove_leftovers
 from .clock import Clock
@@ -101,10 +101,7 @@ class _Run:
         self.clip = build_model(config.model)
         torch.manual_seed(config.seed + 1 + self.rank)
         text_cfg = open_clip_config(self.clip)["model_cfg"]["text_cfg"]
-        name, folder = text_cfg.get("hf_tokenizer_name"), getattr(self.clip, "text_folder", None)
-        self.tokenizer = build_tokenizer(
-            str(folder) if name and folder else name, int(text_cfg.get("context_length", 77))
-        )
+        self.tokenizer = tokenizer_for(text_cfg, getattr(self.clip, "text_folder", None))
         self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id).to(self.device)
         self.image_size = image_size(self.clip)
 
@@ -118,6 +115,7 @@ class _Run:
             tokenizer=self.tokenizer,
             rank=self.rank,
             world_size=self.world_size,
+            pin_memory=self.device.type == "cuda",
         )
         self.total_steps = self._total_steps()
 
@@ -291,7 +289,7 @@ class _Run:
             "step": self.state.step,
             "total_steps": self.total_steps,
             "steps_per_epoch": self.stream.steps_per_epoch,
-            "samples": self.stream.num_samples,
+            "data": self.stream.describe(),
             "global_batch_size": self.batch_size,
             "world_size": self.world_size,
             "device": str(self.device),

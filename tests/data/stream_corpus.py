@@ -10,8 +10,9 @@ import torch
 
 from diptych.data.augment import AugmentConfig
 from diptych.data.captions import CaptionConfig
+from diptych.data.config import DataConfig
 from diptych.data.shards import ShardWriter
-from diptych.data.stream import DataConfig, Stream, open_stream
+from diptych.data.stream import Stream, open_stream
 from diptych.data.text import Tokenizer, build_tokenizer
 
 from .images import photo, stored
@@ -89,6 +90,7 @@ def global_batches(streams: list[Stream], n: int, state: Any = None) -> list[Bat
 def join(parts: Any) -> Batch:
     merged: Batch = {"epoch": parts[0]["epoch"], "step": parts[0]["step"]}
     merged["bad"] = [row for part in parts for row in part["bad"]]
+    merged["cut_captions"] = sum(part["cut_captions"] for part in parts)
     for key, value in parts[0].items():
         if isinstance(value, torch.Tensor):
             merged[key] = torch.cat([part[key] for part in parts])

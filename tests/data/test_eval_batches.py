@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diptych.data.decode import eval_image
+from diptych.data.eval_batches import EvalBatch, eval_batches
 from diptych.data.shards import open_shards
-from diptych.data.stream import EvalBatch, eval_batches
 
 from .stream_corpus import change_bytes, write_corpus
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from diptych.configs.errors import UserError
-from diptych.data.order import Order, Steps, default_lanes, default_window, rank_slice
+from diptych.data.lanes import default_lanes, default_window
+from diptych.data.order import Order, Steps, rank_slice
 
 Ints = NDArray[np.int64]
 PROMISE = [[25, 21, 22, 24, 2, 4, 1, 3], [23, 28, 30, 26, 0, 6, 14, 12]]

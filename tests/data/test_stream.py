@@ -20,12 +20,12 @@ from PIL import Image
 
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config, to_yaml
-from diptych.data import batches as batches_module
+from diptych.data import reading as reading_module
 from diptych.data.augment import train_image
 from diptych.data.captions import choose_caption
+from diptych.data.config import DataConfig
 from diptych.data.decode import decode_image
 from diptych.data.shards import ShardSet, open_shards
-from diptych.data.stream import DataConfig
 from diptych.data.text import caption_hash
 
 from .samples import WEBDATASET
@@ -293,7 +293,7 @@ def test_damage_may_stop_the_run_with_its_name(corpus: Path, tmp_path: Path, wor
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> Counter[int]:
     """Each sample's first reads fail as on a network disk."""
-    monkeypatch.setattr(batches_module, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(reading_module, "FIRST_WAIT_S", 0.0)
     read, tried = ShardSet.read, Counter[int]()
 
     def flaky(self: ShardSet, sample_id: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diptych.configs.errors import UserError
-from diptych.data.stream import DataConfig
+from diptych.data.config import DataConfig
 from diptych.data.trace import trace_lines
 
 from .stream_corpus import global_batches, stream_of, write_corpus

@@ -1,0 +1,264 @@
+"""Which samples of a shard set are trained on: bitmaps, so that no shard is written anew.
+
+A filter is worked out once and kept in the cache, one bit a sample, memory-mapped: workers and ranks of a
+node share it.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..configs.errors import UserError
+from ..configs.files import cache_dir, resolve_data_path, temporary_beside
+from ..configs.load import StrictModel
+from .index import OK, key_hash, load_json
+from .permutation import fold
+from .shards import DamagedSample, ShardSet
+from .where import columns_of, evaluate, parse
+
+__all__ = ["FilterConfig", "Selection", "read_keys", "select"]
+
+Ints = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+UID = np.dtype([("f0", "<u8"), ("f1", "<u8")])  # DataComp's files of 128-bit uids
+OPEN = 64  # shards whose samples are listed in memory
+
+
+class FilterConfig(StrictModel):
+    """Which samples take part; all conditions must hold."""
+
+    where: str | None = None
+    """An expression over columns of the index: width, height, short, long (sides), aspect, text_len
+    (characters), image_size (bytes), format."""
+    keep: str | None = None
+    """A file of the keys that take part: .txt (one a line), .jsonl, .csv or .parquet (column ``key``, and
+    ``shard`` where keys repeat), or DataComp's .npy of uids."""
+    drop: str | None = None
+    """A file of the keys that do not take part; ``diptych data verify --against`` writes one."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all samples take part."""
+        return self.where is None and self.keep is None and self.drop is None
+
+
+class Selection:
+    """Chosen samples of a shard set. Pickles as the place of its files."""
+
+    def __init__(self, path: Path, sizes: Ints) -> None:
+        """``path``: what ``select`` wrote; ``sizes``: usable samples in each shard."""
+        self._path, self._sizes = path, sizes
+        self._bits: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+        starts = np.cumsum([0, *(-(-sizes // 8))])
+        assert len(self._bits) == starts[-1], "a filter of other shards"
+        self._starts, self._base = starts, np.cumsum(sizes) - sizes
+        self.shard_sizes: Ints = np.add.reduceat(
+            np.append(np.bitwise_count(self._bits).astype(np.int64), 0), starts[:-1]
+        ) * (sizes > 0)
+        """Chosen samples per shard, int64 [shards]."""
+        self._ends = np.cumsum(self.shard_sizes)
+        self._chosen = lru_cache(maxsize=OPEN)(self._list)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Selection, (self._path, self._sizes)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the choice, in hexadecimal."""
+        return hashlib.sha256(self._bits.data).hexdigest()
+
+    def sample_ids(self, ordinals: Ints) -> Ints:
+        """Sample ids int64 [n] of ordinals int64 [n] among the chosen."""
+        shard = np.searchsorted(self._ends, ordinals, side="right")
+        out = np.empty_like(ordinals)
+        for number in np.unique(shard).tolist():
+            mine = shard == number
+            first = self._ends[number] - self.shard_sizes[number]
+            out[mine] = self._base[number] + self._chosen(number)[ordinals[mine] - first]
+        return out
+
+    def _list(self, shard: int) -> Ints:
+        bits = np.unpackbits(self._bits[self._starts[shard] : self._starts[shard + 1]])
+        return np.flatnonzero(bits)
+
+
+def select(shards: ShardSet, config: FilterConfig) -> Selection | None:
+    """The samples that a filter chooses, None for all. Worked out once, kept in the cache's ``filters``.
+
+    Raises UserError for an expression or a file that cannot be read, and if nothing is left.
+    """
+    if config.is_empty:
+        return None
+    tree = parse(config.where) if config.where is not None else None
+    files = [_digest(path) for path in (config.keep, config.drop)]
+    text = json.dumps([1, shards.fingerprint, config.where, *files])
+    path = cache_dir() / "filters" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node works it out
+        if not path.exists():
+            bits = [np.packbits(chosen) for chosen in _choose(shards, config, tree)]
+            with temporary_beside(path) as temporary, temporary.open("wb") as file:
+                np.save(file, np.concatenate(bits), allow_pickle=False)
+    selection = Selection(path, shards.shard_sizes)
+    if not selection.shard_sizes.sum():
+        given = ", ".join(f"{name}: {value}" for name, value in config.model_dump().items() if value)
+        raise UserError(f"data.train: of {len(shards)} samples of {shards.folder} none is left by {given}")
+    return selection
+
+
+def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArray[np.bool_]]:
+    """Of each shard, which of its usable samples are chosen."""
+    keep = None if config.keep is None else read_keys(config.keep)
+    drop = None if config.drop is None else read_keys(config.drop)
+    for shard, name in enumerate(shards.shard_names):
+        records = shards.records(shard)
+        usable = records[(records["flags"] & OK) > 0]
+        chosen = np.ones(len(usable), dtype=np.bool_)
+        if tree is not None:
+            chosen &= evaluate(tree, columns_of(usable))
+        for keys, wanted in ((keep, True), (drop, False)):
+            if keys is not None:
+                chosen &= keys.matches(shards, shard, name, usable) == wanted
+        yield chosen
+
+
+class _Keys:
+    """Keys of samples as sorted hashes: of the key, of shard and key, or of a uid."""
+
+    def __init__(self, hashes: Hashes, *, with_shards: bool = False, uids: bool = False) -> None:
+        self._hashes = np.unique(hashes)
+        self._with_shards, self._uids = with_shards, uids
+
+    def matches(self, shards: ShardSet, shard: int, name: str, usable: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Which of a shard's usable samples are among the keys, bool [n]."""
+        if self._uids:
+            first = int(shards.shard_sizes[:shard].sum())
+            hashes = _hash_uids([_uid_of(shards, first + i) for i in range(len(usable))])
+        elif self._with_shards:
+            keys = shards.index(shard).keys()
+            ok = np.flatnonzero(shards.records(shard)["flags"] & OK)
+            hashes = np.array([key_hash(f"{name}\0{keys[i]}") for i in ok], dtype=np.uint64)
+        else:
+            hashes = usable["key_hash"]
+        place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return self._hashes[place] == hashes
+
+
+def _uid_of(shards: ShardSet, sample_id: int) -> tuple[int, int]:
+    """A sample's uid, its key if that is one, else ``uid`` of its JSON; zeros if there is none."""
+    uid = shards.key_of(sample_id).rsplit("/", 1)[-1]
+    if not re.fullmatch("[0-9a-f]{32}", uid):
+        try:
+            uid = str(shards.read(sample_id).meta.get("uid"))
+        except DamagedSample:
+            uid = ""
+    return (int(uid[:16], 16), int(uid[16:], 16)) if re.fullmatch("[0-9a-f]{32}", uid) else (0, 0)
+
+
+def _hash_uids(uids: Any) -> Hashes:
+    """64 bits of uids: a list of pairs, or an array of dtype UID."""
+    pairs = np.array(uids, dtype=UID)
+    return pairs["f0"] ^ fold(0, pairs["f1"])
+
+
+def read_keys(file: str) -> _Keys:
+    """The keys that a file lists. Raises UserError if it cannot be read or lists none."""
+    path = resolve_data_path(file)
+    try:
+        if path.suffix.lower() == ".npy":
+            uids = np.load(path, mmap_mode="r", allow_pickle=False)
+            if uids.dtype != UID:
+                raise ValueError(f"it holds {uids.dtype}, not DataComp's pairs of u8")
+            keys, count = _Keys(_hash_uids(uids), uids=True), len(uids)
+        else:
+            rows = _READERS[path.suffix.lower()](path)
+            first = next(rows, None)
+            count = 0 if first is None else 1
+            with_shards = first is not None and first[1] is not None
+            every = chain([] if first is None else [first], rows)
+            hashes = np.fromiter((_hash_row(row, with_shards) for row in every), dtype=np.uint64)
+            keys = _Keys(hashes, with_shards=with_shards)
+    except KeyError as error:
+        raise UserError(f"{path}: a list of keys is one of {', '.join([*_READERS, '.npy'])}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path} cannot be read as a list of keys ({reason}); give {_FORMS}") from error
+    if not count:
+        raise UserError(f"{path} lists no keys; give {_FORMS}")
+    return keys
+
+
+def _hash_row(row: "KeyRow", with_shards: bool) -> int:
+    key, shard = row
+    if (shard is not None) != with_shards:
+        raise ValueError("some rows name a shard and some do not")
+    return key_hash(f"{shard}\0{key}" if with_shards else key)
+
+
+_FORMS = "keys line by line, or a table with a column key"
+KeyRow = tuple[str, str | None]
+
+
+def _lines(path: Path) -> Iterator[KeyRow]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield line.strip(), None
+
+
+def _jsonl(path: Path) -> Iterator[KeyRow]:
+    for line in path.read_bytes().splitlines():
+        if line.strip():
+            yield _row(load_json(line))
+
+
+def _csv(path: Path) -> Iterator[KeyRow]:
+    import csv
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from map(_row, csv.DictReader(file))
+
+
+def _parquet(path: Path) -> Iterator[KeyRow]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = [name for name in ("key", "shard") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=names):
+            yield from map(_row, batch.to_pylist())
+
+
+def _row(row: dict[str, Any]) -> KeyRow:
+    if not isinstance(key := row.get("key"), str):
+        raise ValueError("a row has no text under key")
+    shard = row.get("shard")
+    return key, shard if isinstance(shard, str) and shard else None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[KeyRow]]] = {
+    ".txt": _lines,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _digest(file: str | None) -> str | None:
+    """Hash of a file's bytes; UserError if there is none."""
+    if file is None:
+        return None
+    path = resolve_data_path(file)
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a list of keys") from error
