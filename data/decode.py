@@ -29,6 +29,7 @@ __all__ = [
     "ResizeMode",
     "decode_crop",
     "decode_image",
+    "drawn_crop",
     "eval_image",
     "train_pixels",
 ]
@@ -95,16 +96,17 @@ def decode_crop(
     """
     header = _header(data, max_pixels)
     numbers = draw(rng)
-    shrink, box = _drawn_crop(header, image_size, augment, numbers)
+    shrink, box = drawn_crop(header, image_size, augment, numbers)
     pixels = cut(_decode(data, header, shrink), box)
     # torch knows no backward strides
     return (np.ascontiguousarray(pixels) if header.rotated else pixels), numbers
 
 
-def _drawn_crop(
+def drawn_crop(
     header: ImageHeader, image_size: int, augment: AugmentConfig, draws: list[float]
 ) -> tuple[int, Box]:
-    """The largest factor of 1, 2, 4 and 8 at which the crop covers the target, and the crop at that size."""
+    """The largest factor of 1, 2, 4 and 8 by which an image may be reduced so that its crop still covers the
+    target, and the crop of the image at that size, as it is to be seen."""
     width, height = header.seen
     if header.format == "jpg":
         for shrink in (8, 4, 2):

@@ -1,0 +1,250 @@
+"""Images per second of one core, from tars to training tensors, beside open_clip's own loader and webdataset.
+
+    python benchmarks/loader.py [--quick] [--peer-packages DIR] [--results FILE]
+
+Photos of 256, 512 and 1024 pixels (341 x 256, 512 x 384, 1024 x 768) are cut from two that come with
+scikit-learn, get noise, and become JPEGs of quality 90, 4:2:0, in WebDataset tars. All contestants make of
+them batches of normalised float32 [64, 3, 224, 224] and token ids: random crops of 0.9 to 1 of the area,
+bicubic, antialiased. Each runs in an interpreter of its own on one thread; one pass of each makes a round, in
+drawn order. Seconds are processor time, figures medians over rounds, and speedups medians of the rounds' own
+ratios, so that a machine that changes its speed does no harm. open_clip's loader needs an old webdataset and
+pandas, which pip puts into a folder of their own.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.random import Generator, Philox
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from diptych.configs.files import cache_dir
+from diptych.configs.versions import versions
+from diptych.data.augment import AugmentConfig, draw
+from diptych.data.decode import drawn_crop, train_pixels
+from diptych.data.image_header import read_header
+from diptych.data.writer import ShardWriter
+
+HERE = Path(__file__).resolve().parent
+IMAGE_SIZE, BATCH_SIZE = 224, 64
+SIDES = {"256": (341, 256), "512": (512, 384), "1024": (1024, 768)}
+KINDS = ("fast", "plain", "open_clip", "webdataset")
+PEER_PACKAGES = ("webdataset==0.2.86", "braceexpand==0.1.7", "pandas<4", "python-dateutil", "six")
+TARGETS = {"speedup_fast": {"256": 3.0, "512": 2.6, "1024": 3.0}, "speedup_plain": dict.fromkeys(SIDES, 1.8)}
+READ_TARGET = 10.0
+
+
+class Contestant:
+    """A process of ``peers.py`` that waits for passes to run."""
+
+    def __init__(self, kind: str, packages: Path | None) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        if packages is not None:
+            environment["PYTHONPATH"] = str(packages)
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "peers.py"), kind, str(BATCH_SIZE), str(IMAGE_SIZE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.kind = kind
+        self.versions: dict[str, str] = self._answer()["versions"]
+
+    def rate(self, what: str, folder: Path) -> float:
+        """Images per second of processor time, of one pass."""
+        assert self._process.stdin is not None
+        print(what, folder, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return answer["images"] / answer["seconds"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise SystemExit(f"the contestant {self.kind} ended with exit code {self._process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def photo(width: int, height: int, rng: Generator) -> bytes:
+    """A JPEG of a part of a photo, with a sensor's noise."""
+    whole = Image.fromarray(load_sample_images().images[rng.integers(2)])
+    part = rng.uniform(0.6, 1.0) * min(whole.width / width, whole.height / height)
+    w, h = int(part * width), int(part * height)
+    left, top = int(rng.integers(whole.width - w + 1)), int(rng.integers(whole.height - h + 1))
+    image = whole.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    noisy = np.asarray(image) + rng.normal(0, 4, (height, width, 3))
+    buffer = io.BytesIO()
+    rounded = Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
+    rounded.save(buffer, format="JPEG", quality=90, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, photos: list[bytes], count: int) -> None:
+    with ShardWriter(folder, samples_per_shard=count // 2) as writer:
+        for i in range(count):
+            caption = f"photo number {i} of a temple or a flower"
+            writer.write(f"{i:05d}", photos[i % len(photos)], "jpg", caption, {"number": i})
+
+
+def psnr(photos: list[bytes]) -> float:
+    """Mean decibels between our training pixels and Pillow's crop and resize of the same boxes."""
+    augment = AugmentConfig()
+    levels: list[float] = []
+    for i, data in enumerate(photos):
+        numbers = Generator(Philox(key=i))
+        ours = train_pixels(data, IMAGE_SIZE, augment, numbers).permute(1, 2, 0).numpy()
+        drawn = draw(Generator(Philox(key=i)))
+        shrink, box = drawn_crop(read_header(data), IMAGE_SIZE, augment, drawn)
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        left, top = shrink * box.left, shrink * box.top
+        right, bottom = left + shrink * box.width, top + shrink * box.height
+        part = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+        truth = part.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        error = np.square(ours.astype(float) - np.asarray(truth, dtype=float)).mean()
+        levels.append(10 * np.log10(255**2 / max(error, 1e-9)))
+    return float(np.mean(levels))
+
+
+def peer_packages(folder: Path) -> Path | None:
+    """The folder, filled by pip if it is not; None, and a line that says so, where pip cannot."""
+    if not (folder / "webdataset").is_dir() or not (folder / "pandas").is_dir():
+        print(f"pip puts {', '.join(PEER_PACKAGES)} into {folder}", flush=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target"]
+        environment = {key: value for key, value in os.environ.items() if key != "PIP_CONSTRAINT"}
+        done = subprocess.run([*command, str(folder), *PEER_PACKAGES], env=environment, check=False)
+        if done.returncode:
+            print("pip failed: open_clip's own loader is left out, and no row is written")
+            return None
+    return folder
+
+
+def measure(kind_packages: dict[str, Path | None], folders: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Rates by task, contestant and round, a task being a size or "read"; and versions by contestant."""
+    rates: dict[str, dict[str, list[float]]] = {task: {k: [] for k in kind_packages} for task in folders}
+    found: dict[str, dict[str, str]] = {}
+    order = random.Random(0)
+    for task, folder in folders.items():
+        what = "read" if task == "read" else "train"
+        with ExitStack() as stack:
+            running = [stack.enter_context(Contestant(*pair)) for pair in kind_packages.items()]
+            for contestant in running:
+                found[contestant.kind] = contestant.versions
+                contestant.rate(what, folder)  # the first pass warms up
+            for number in range(rounds):
+                for contestant in order.sample(running, len(running)):
+                    rates[task][contestant.kind].append(contestant.rate(what, folder))
+                print(f"\r{task}: round {number + 1} of {rounds}   ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return {"rates": rates, "versions": found}
+
+
+def ratio(mine: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+
+
+def machine() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0].split(':', 1)[1].strip() if names else 'unknown'}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer images and rounds, in a minute")
+    parser.add_argument(
+        "--peer-packages", type=Path, default=cache_dir() / "peers" / "open_clip-3.3", help="DIR"
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "loader.jsonl", help="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    packages = peer_packages(options.peer_packages)
+    kinds: dict[str, Path | None] = {"fast": None, "plain": None, "webdataset": None}
+    if packages is not None:
+        kinds["open_clip"] = packages
+    count, reads, rounds = (64, 1024, 3) if options.quick else (192, 4096, 9)
+    folders: dict[str, Path] = {}
+    row: dict[str, Any] = {
+        "benchmark": "loader",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "image_size": IMAGE_SIZE,
+        "images": count,
+        "rounds": rounds,
+        "bytes_per_image": {},
+        "psnr": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="diptych-loader-") as temporary:
+        for name, size in SIDES.items():
+            rng = np.random.default_rng(size[0])
+            photos = [photo(*size, rng) for _ in range(count)]
+            row["bytes_per_image"][name] = sum(map(len, photos)) // count
+            row["psnr"][name] = round(psnr(photos[:32]), 1)
+            folders[name] = Path(temporary) / name
+            write_shards(folders[name], photos, count)
+            if name == "256":
+                folders["read"] = Path(temporary) / "read"
+                write_shards(folders["read"], photos, reads)
+        measured = measure(kinds, folders, rounds)
+    report(row, measured["rates"])
+    if packages is None:
+        return
+    row["versions"] = versions() | {f"{k}: {n}": v for k in KINDS for n, v in measured["versions"][k].items()}
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a") as file:
+        print(json.dumps(row), file=file)
+    print(f"\nappended to {options.results}")
+
+
+def report(row: dict[str, Any], rates: dict[str, dict[str, list[float]]]) -> None:
+    """Complete the row with medians and speedups, and print them."""
+    kinds = list(rates["read"])
+    row["images_per_second"] = {
+        size: {kind: round(statistics.median(rates[size][kind]), 1) for kind in kinds} for size in SIDES
+    }
+    row["reads_per_second"] = {kind: round(statistics.median(rates["read"][kind])) for kind in kinds}
+    print(f"images per second of one core ({row['machine']}), {IMAGE_SIZE} x {IMAGE_SIZE} float32 tensors\n")
+    print("JPEG sides   KiB  " + "".join(f"{kind:>12}" for kind in kinds) + "   PSNR to Pillow")
+    for size, (width, height) in SIDES.items():
+        cells = "".join(f"{row['images_per_second'][size][kind]:12.0f}" for kind in kinds)
+        kib = row["bytes_per_image"][size] / 1024
+        print(f"{width:4} x {height:<4} {kib:5.0f}  {cells}{row['psnr'][size]:11.1f} dB")
+    print("tar reading alone " + "".join(f"{row['reads_per_second'][kind]:12.0f}" for kind in kinds))
+    print()
+    for mine in ("fast", "plain"):
+        for peer in [kind for kind in kinds if kind not in ("fast", "plain")]:
+            name = f"speedup_{mine}" if peer == "open_clip" else f"speedup_{mine}_{peer}"
+            row[name] = {size: round(ratio(rates[size][mine], rates[size][peer]), 2) for size in SIDES}
+            for size in SIDES:
+                target = TARGETS[name][size] if name in TARGETS else None
+                judge(f"{mine} / {peer} at {size} pixels", row[name][size], target)
+    row["speedup_read"] = round(ratio(rates["read"]["fast"], rates["read"]["webdataset"]), 1)
+    judge("tar reading / webdataset", row["speedup_read"], READ_TARGET)
+
+
+def judge(what: str, value: float, target: float | None) -> None:
+    verdict = "" if target is None else f"   target {target:g}: {'met' if value >= target else 'MISSED'}"
+    print(f"{what:34} {value:6.2f}{verdict}")
+
+
+if __name__ == "__main__":
+    main()
