@@ -6,7 +6,6 @@ batch are padding (``pretrain.packing``). Ids are kept, so that a caption that c
 
 import functools
 import re
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -15,12 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from ..configs.errors import UserError
+from .canonical import canonical_caption, caption_hash
 
 __all__ = ["Tokenizer", "Truncate", "build_tokenizer", "canonical_caption", "caption_hash", "tokenizer_for"]
 
@@ -264,14 +263,3 @@ def _hugging_face(name: str, context_length: int, settings: Mapping[str, Any]) -
         raise UserError(
             f"{what} {name} gives no tokenizer ({reason}); check the name or the network"
         ) from error
-
-
-def canonical_caption(caption: str) -> str:
-    """What makes two captions the same: Unicode NFC, single spaces, lower case."""
-    return " ".join(unicodedata.normalize("NFC", caption).split()).lower()
-
-
-def caption_hash(caption: str) -> int:
-    """64-bit hash of the canonical caption, as a signed integer."""
-    digest = xxhash.xxh3_64_intdigest(canonical_caption(caption).encode("utf-8", "surrogatepass"))
-    return digest - (1 << 64) if digest >> 63 else digest
