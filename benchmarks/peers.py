@@ -58,7 +58,8 @@ def diptych(batch_size: int, image_size: int, *, fast: bool) -> tuple[Pass, Pass
         batches = stream(folder)
         for _ in range(batches.steps_per_epoch):
             batch = next(batches)
-            image = (batch["image"] - mean) / std  # what training does on the device, here on the processor
+            # what training does on the device (ContrastiveModel.pixels), here on the processor
+            image = batch["image"].to(torch.float32).sub_(mean).div_(std)
             assert bool(batch["valid"].all())
             yield len(image), str(image.dtype)
 
