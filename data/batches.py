@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ..configs.errors import UserError
@@ -103,6 +104,12 @@ class BatchMaker(Dataset[Any]):
             mine = places.source == s
             ids[mine] = source.sample_ids(places.ordinal[mine])
         made = self._make(places.source.tolist(), places.epoch.tolist(), ids.tolist())
+        return self._batch(made, places.source, ids, epoch, step)
+
+    def _batch(
+        self, made: _Made, source: NDArray[np.int16], ids: NDArray[np.int64], epoch: int, step: int
+    ) -> Batch:
+        recipe = self.recipe
         token_ids, seq_lens = self.tokenizer.pack(made.captions, recipe.captions.truncate, made.draws)
         valid = torch.ones(len(ids), dtype=torch.bool)
         valid[list(made.bad)] = False
@@ -112,14 +119,14 @@ class BatchMaker(Dataset[Any]):
             "seq_lens": seq_lens,
             "valid": valid,
             "sample_id": torch.from_numpy(ids),
-            "source": torch.from_numpy(places.source),
+            "source": torch.from_numpy(source),
             "caption_hash": torch.tensor([caption_hash(text) for text in made.texts], dtype=torch.int64),
             "epoch": epoch,
             "step": step,
             "cut_captions": self.tokenizer.cut,
             "bad": [
                 {"shard": bad.shard, "key": bad.key, "reason": bad.reason, "epoch": epoch, "step": step}
-                | {"source": int(places.source[row]), "sample_id": int(ids[row])}
+                | {"source": int(source[row]), "sample_id": int(ids[row])}
                 for row, bad in made.bad.items()
             ],
         }

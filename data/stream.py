@@ -109,18 +109,22 @@ class Stream(Iterator[Batch]):
 
     def _start(self) -> Iterator[Batch | Failure]:
         maker = BatchMaker(self._sources, self._order, self._tokenizer, self._recipe, self._seed)
-        steps: Any = Steps(self._epoch, self._step, self.steps_per_epoch)
+        steps = Steps(self._epoch, self._step, self.steps_per_epoch)
         if self._config.workers == 0:
             return map(maker.__getitem__, steps)
+        return self._load(maker, steps)
+
+    def _load(self, dataset: Any, sampler: Any) -> Iterator[Batch | Failure]:
+        """The items of a dataset, made by worker processes."""
         # torch would raise a worker's death wherever the training process is at that moment, which may be in
         # the middle of a checkpoint or a collective; the loader itself notices, too, when a batch is due
         handler = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: meant
             loader = DataLoader(
-                maker,
+                dataset,
                 batch_size=None,  # an item is a whole batch
-                sampler=steps,
+                sampler=sampler,
                 num_workers=self._config.workers,
                 prefetch_factor=self._config.prefetch,
                 multiprocessing_context=self._config.start_method,
