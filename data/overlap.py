@@ -109,10 +109,9 @@ def find_overlap(
             parts.append(part)
             advance(1)
     reference = _Signatures(
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("images", "hashes", "captions")
-        )
+        images=np.concatenate([part.images for part in parts]),
+        hashes=np.concatenate([part.hashes for part in parts]),
+        captions=np.concatenate([part.captions for part in parts]),
     )
     report = OverlapReport(str(folder), [str(path) for path in against], len(train))
     report.unread = sum(part.unread for part in parts)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +27,26 @@ from .index import (
     idx_path,
     index_bytes,
     make_row,
+    map_index,
     read_manifest,
     text_hash,
     write_manifest,
 )
 from .tars import END, MAX_NAME_BYTES, member_header, padding
 
-__all__ = ["RefusedSample", "ShardWriter", "check_key"]
+__all__ = [
+    "OpenShard",
+    "RefusedSample",
+    "ShardWriter",
+    "check_key",
+    "encode_sample",
+    "publish",
+    "refuse_full",
+]
 
 STAGING = ".partial"
 TAR_RECORD = 10240  # tar pads archives to this
+CHUNK = 1 << 20
 
 
 class RefusedSample(UserError):
@@ -96,12 +106,12 @@ class ShardWriter:
         """Samples written so far."""
         self._keys: set[str] = set()
         self._rows: list[ShardRow] = []
-        self._shard: _OpenShard | None = None
+        self._shard: OpenShard | None = None
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
         if not self.overwrite:
-            _refuse_full(self.folder)
+            refuse_full(self.folder)
         staging = self.folder / STAGING
         try:
             staging.mkdir(parents=True, exist_ok=True)
@@ -133,37 +143,10 @@ class ShardWriter:
         check_key(key)
         if key in self._keys:
             raise RefusedSample(key, "duplicate", f"key '{key}' is there twice; keys must be unique")
-        try:
-            header = read_header(image)
-        except HeaderError as error:
-            raise RefusedSample(key, "decode", f"sample '{key}': cannot read the image: {error}") from error
-        if len(image) > MAX_IMAGE_BYTES:
-            raise RefusedSample(key, "size", f"sample '{key}': the image has {len(image)} bytes")
-        if EXTENSIONS.get(extension.lower().lstrip(".")) != header.format:
-            raise RefusedSample(
-                key, "format", f"sample '{key}': the image is {header.format}, not {extension}; name it so"
-            )
-        if not caption.strip():
-            raise RefusedSample(key, "caption", f"sample '{key}': the caption is blank")
-        try:
-            text = caption.encode("utf-8")
-            json_bytes = json.dumps(
-                dict(meta), ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")
-            ).encode("utf-8")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RefusedSample(
-                key, "json", f"sample '{key}': caption or meta cannot be written as JSON text: {error}"
-            ) from error
-        record = np.zeros((), dtype=RECORD)
-        record["width"], record["height"] = header.width, header.height
-        record["format"] = FORMATS.index(header.format)
-        record["image_xxh3"] = xxh3_64_intdigest(image)
-        record["text_xxh3"] = text_hash(text, json_bytes)
-        record["text_len"] = min(len(caption), 65535)
-        record["flags"] = OK | (ROTATED if header.rotated else 0)
+        members, record = encode_sample(key, image, extension, caption, meta)
         if self._shard is None:
-            self._shard = _OpenShard(self.folder / STAGING / f"{len(self._rows):05d}.tar")
-        self._shard.add(key, {header.format: image, "json": json_bytes, "txt": text}, record)
+            self._shard = OpenShard(self.folder / STAGING / f"{len(self._rows):05d}.tar")
+        self._shard.add(key, members, record)
         self._keys.add(key)
         self.count += 1
         if len(self._shard.keys) >= self.samples_per_shard or self._shard.size >= self.bytes_per_shard:
@@ -182,7 +165,7 @@ class ShardWriter:
                 self._finish_shard()
                 if not self._rows:
                     raise UserError(f"no samples were written to {self.folder}")
-                self._publish()
+                publish(self.folder, self.folder / STAGING, self._rows, overwrite=self.overwrite)
         finally:
             if self._shard is not None:
                 self._shard.file.close()
@@ -193,21 +176,45 @@ class ShardWriter:
                 os.close(self._lock)
                 self._lock = None
 
-    def _publish(self) -> None:
-        """Move the shards into the folder; the manifest, which makes them valid, comes last."""
-        if self.overwrite:
-            _remove_old(self.folder)
-        for row in self._rows:
-            shard = self.folder / STAGING / row.shard
-            # never an index without its tar
-            shard.rename(self.folder / shard.name)
-            idx_path(shard).rename(self.folder / idx_path(shard).name)
-        fsync_folder(self.folder)
-        write_manifest(self.folder, self._rows)
+
+def encode_sample(
+    key: str, image: bytes, extension: str, caption: str, meta: Mapping[str, Any]
+) -> tuple[dict[str, bytes], np.ndarray]:
+    """The members of a sample by extension, and its record but for the places; RefusedSample as
+    ``ShardWriter.write`` raises it. The key is taken as it is."""
+    try:
+        header = read_header(image)
+    except HeaderError as error:
+        raise RefusedSample(key, "decode", f"sample '{key}': cannot read the image: {error}") from error
+    if len(image) > MAX_IMAGE_BYTES:
+        raise RefusedSample(key, "size", f"sample '{key}': the image has {len(image)} bytes")
+    if EXTENSIONS.get(extension.lower().lstrip(".")) != header.format:
+        raise RefusedSample(
+            key, "format", f"sample '{key}': the image is {header.format}, not {extension}; name it so"
+        )
+    if not caption.strip():
+        raise RefusedSample(key, "caption", f"sample '{key}': the caption is blank")
+    try:
+        text = caption.encode("utf-8")
+        json_bytes = json.dumps(
+            dict(meta), ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")
+        ).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RefusedSample(
+            key, "json", f"sample '{key}': caption or meta cannot be written as JSON text: {error}"
+        ) from error
+    record = np.zeros((), dtype=RECORD)
+    record["width"], record["height"] = header.width, header.height
+    record["format"] = FORMATS.index(header.format)
+    record["image_xxh3"] = xxh3_64_intdigest(image)
+    record["text_xxh3"] = text_hash(text, json_bytes)
+    record["text_len"] = min(len(caption), 65535)
+    record["flags"] = OK | (ROTATED if header.rotated else 0)
+    return {header.format: image, "json": json_bytes, "txt": text}, record
 
 
-class _OpenShard:
-    """A tar that is being written."""
+class OpenShard:
+    """A tar that is being written to ``path``, and its index, which is written when it is finished."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.keys, self.records = path, list[str](), list[np.ndarray]()
@@ -215,6 +222,7 @@ class _OpenShard:
         self.size, self.hash = 0, xxh3_64()
 
     def add(self, key: str, members: Mapping[str, bytes], record: np.ndarray) -> None:
+        """Append a sample as ``encode_sample`` gives it."""
         for extension in sorted(members):
             data = members[extension]
             name = {"json": "json", "txt": "caption"}.get(extension, "image")
@@ -223,6 +231,18 @@ class _OpenShard:
             self._append(member_header(f"{key}.{extension}", len(data)) + data + padding(len(data)))
         self.keys.append(key)
         self.records.append(record)
+
+    def extend(self, shard: Path, payload: int) -> None:
+        """Append the samples of a finished shard, whose members end at byte ``payload``."""
+        index, base = map_index(idx_path(shard)), self.size
+        with shard.open("rb") as file:
+            while file.tell() < payload:
+                self._append(file.read(min(CHUNK, payload - file.tell())))
+        records = index.records.copy()
+        for part in ("image", "caption", "json"):
+            records[f"{part}_offset"] += np.uint64(base)
+        self.keys += index.keys()
+        self.records += list(records)
 
     def _append(self, data: bytes) -> None:
         self.file.write(data)
@@ -244,7 +264,22 @@ class _OpenShard:
         return make_row(self.path.name, idx)
 
 
-def _refuse_full(folder: Path) -> None:
+def publish(folder: Path, staging: Path, rows: Sequence[ShardRow], *, overwrite: bool) -> None:
+    """Move the shards of ``rows`` from ``staging`` into the folder; the manifest, which makes them valid,
+    comes last."""
+    if overwrite:
+        _remove_old(folder)
+    for row in rows:
+        shard = staging / row.shard
+        # never an index without its tar
+        shard.rename(folder / shard.name)
+        idx_path(shard).rename(folder / idx_path(shard).name)
+    fsync_folder(folder)
+    write_manifest(folder, rows)
+
+
+def refuse_full(folder: Path) -> None:
+    """UserError if the folder holds shards."""
     if (folder / MANIFEST).exists() or any(folder.glob("*.tar")):
         raise UserError(f"{folder} holds shards already; choose an empty folder or give --overwrite")
 
@@ -252,7 +287,7 @@ def _refuse_full(folder: Path) -> None:
 def _remove_old(folder: Path) -> None:
     """Remove the data set that the folder's manifest lists, its manifest first; refuse other tars."""
     if not (folder / MANIFEST).exists():
-        return _refuse_full(folder)
+        return refuse_full(folder)
     old = read_manifest(folder)
     if any(row.foreign for row in old):
         raise UserError(f"{folder} holds tars that were only indexed here; choose another folder")
