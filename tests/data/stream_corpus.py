@@ -10,7 +10,7 @@ import torch
 
 from diptych.data.augment import AugmentConfig
 from diptych.data.captions import CaptionConfig
-from diptych.data.config import DataConfig
+from diptych.data.config import DataConfig, SourceConfig
 from diptych.data.shards import ShardWriter
 from diptych.data.stream import Stream, open_stream
 from diptych.data.text import Tokenizer, build_tokenizer
@@ -43,7 +43,7 @@ def write_corpus(folder: Path, n: int = 53, per_shard: int = 6) -> Path:
 
 
 def stream_of(
-    folder: Path,
+    folder: Path | list[dict[str, Any]],
     *,
     seed: int = 3,
     batch: int = 8,
@@ -52,8 +52,9 @@ def stream_of(
     pin_memory: bool = False,
     **settings: Any,
 ) -> Stream:
+    train = str(folder) if isinstance(folder, Path) else tuple(SourceConfig(**one) for one in folder)
     config = DataConfig(
-        **{"train": str(folder), "augment": AUGMENT, "captions": CAPTIONS, "lanes": 2, "window": 9} | settings
+        **{"train": train, "augment": AUGMENT, "captions": CAPTIONS, "lanes": 2, "window": 9} | settings
     )
     return open_stream(
         config,
@@ -67,7 +68,7 @@ def stream_of(
     )
 
 
-def ranks_of(folder: Path, world_size: int, **settings: Any) -> list[Stream]:
+def ranks_of(folder: Path | list[dict[str, Any]], world_size: int, **settings: Any) -> list[Stream]:
     return [stream_of(folder, rank=r, world_size=world_size, **settings) for r in range(world_size)]
 
 
