@@ -1,31 +1,40 @@
-"""Tables and folders into shards: ``diptych data build``."""
+"""Tables, folders and tars into shards: ``diptych data build``.
 
+The rows are cut into parts, which any number of processes make into pieces of shards; the finished pieces
+then become shards, in the order of the rows, so that equal sources give equal bytes.
+"""
+
+import fcntl
+import functools
 import json
+import os
 import re
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+from xxhash import xxh3_64_hexdigest
 
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
-from .engine import Progress, quiet
-from .image_header import MAX_PIXELS, HeaderError, read_header
-from .index import fingerprint, read_manifest
-from .sources import BadRow, Columns, Row, SourceRow, open_source, read_inside
-from .verify import decode_problem
-from .writer import RefusedSample, ShardWriter
+from .engine import Engine, Progress, quiet, run_tasks
+from .index import ShardRow, fingerprint, idx_path, make_row, map_index
+from .parts import END_BYTES, Made, Part, PartRow, Piece, Settings, make_part
+from .recode import Recode
+from .repeats import HashColumn
+from .scanning import USUAL, Limits
+from .sources import Columns, open_source
+from .writer import OpenShard, old_shards, publish, remove_shards
 
 __all__ = ["BuildReport", "build_shards", "safe_key"]
 
 REPORT, QUARANTINE, FAILED = "build_report.json", "quarantine.jsonl", "build_failed.json"
-AHEAD = 64  # rows read and decoded at a time
+STAGING, MOVING = ".building", "moving.json"
 EARLY = 1000  # bad rows after which a build that is past its limit stops at once
 
 
@@ -41,6 +50,10 @@ class BuildReport:
     """Bad rows: source, row number, reason, detail."""
     folders: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """Samples, shards and fingerprint of each folder of shards: ".", or "train" and "val"."""
+    kept: int = 0
+    """Rows that an earlier run, which did not end, had made into pieces already."""
+    anew: int = 0
+    """Rows of which it had too, but from other rows or settings; they were made again."""
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -81,60 +94,68 @@ def build_shards(
     val_fraction: float = 0.0,
     max_bad_fraction: float = 0.01,
     decode: bool = True,
+    recode: Recode | None = None,
+    limits: Limits = USUAL,
     overwrite: bool = False,
-    workers: int = 2,
+    workers: int = 1,
+    engine: Engine = "local",
     progress: Progress = quiet,
 ) -> BuildReport:
-    """Write shards from tables and folders, in the order given; equal sources give equal bytes.
+    """Write shards from tables, folders and tars, in the order given; equal sources give equal bytes.
 
     ``root``: image paths must lie inside it and are relative to it; None: each table's folder. ``decode``:
-    decode every image in full, as training will. ``val_fraction``: make two folders, ``train`` and ``val``,
-    the latter with this share of the images, chosen by their bytes, so that copies never part. Keys are the
-    key column's, a folder's paths, or row numbers over all sources. ``build_report.json`` counts and
-    ``quarantine.jsonl`` lists the rows left out. Raises UserError, with no shards written, if more than
-    ``max_bad_fraction`` of the rows are bad or a source cannot be read; ``build_failed.json`` then lists the
-    bad rows.
+    decode every image in full, as training will. ``recode``: make images smaller or write them in another
+    format. ``val_fraction``: make two folders, ``train`` and ``val``, the latter with this share of the
+    images, chosen by their stored bytes, so that copies never part. Keys are the key column's, a folder's
+    paths, a tar's keys, or row numbers over all sources.
+
+    ``workers`` processes (or Ray, ``engine``) make ``samples_per_shard`` rows at a time into pieces, under
+    ``.building``; a shard is one piece, or several small ones. After a kill, the same call takes over what
+    was finished and is unchanged. ``build_report.json`` counts and ``quarantine.jsonl`` lists the rows left
+    out. Raises UserError, with no shards written, if more than ``max_bad_fraction`` of the rows are bad or a
+    source cannot be read; ``build_failed.json`` then lists the bad rows.
     """
+    if samples_per_shard < 1:
+        raise UserError("samples_per_shard must be at least 1")
     out = Path(out).expanduser()
     report = BuildReport(out, [str(source) for source in sources])
-    opened = [
-        open_source(source, columns or Columns(), None if root is None else Path(root).expanduser())
-        for source in sources
-    ]
+    columns, root = columns or Columns(), None if root is None else Path(root).expanduser()
+
+    def parts() -> Iterator[Part]:
+        opened = [open_source(source, columns, root, limits) for source in sources]
+        return _parts(report.sources, opened, samples_per_shard)
+
+    settings = Settings(out / STAGING, val_fraction, decode, limits, recode or Recode())
     try:
-        with (
-            ExitStack() as writers,
-            ThreadPoolExecutor(max(1, workers)) as pool,
-            progress("building", 0) as advance,
-        ):
-            by_name = {
-                name: writers.enter_context(
-                    ShardWriter(out / name, samples_per_shard=samples_per_shard, overwrite=overwrite)
-                )
-                for name in (("train", "val") if val_fraction else (".",))
-            }
-            for source, rows in zip(report.sources, opened, strict=True):
-                while chunk := list(islice(rows, AHEAD)):
-                    images = list(pool.map(lambda item: _prepare(item[1], decode), chunk))
-                    _write_rows(by_name, val_fraction, report, source, chunk, images)
-                    advance(len(chunk))
-                    if len(report.bad) >= EARLY:
-                        _check_limit(report, max_bad_fraction)
-            report.written = sum(writer.count for writer in by_name.values())
+        with _staged(out, settings, overwrite=overwrite), progress("building", 0) as advance:
+            make = functools.partial(make_part, settings)
+            made: list[Made] = []
+            for one in run_tasks(make, parts(), workers=workers, engine=engine):
+                made.append(one)
+                advance(one.rows)
+                _count(report, [one])
+                if len(report.bad) >= EARLY:
+                    _check_limit(report, max_bad_fraction)
+            if taken := _repeated_keys(settings, made):
+                again = (replace(p, taken=frozenset(taken[p.number])) for p in parts() if p.number in taken)
+                for one in run_tasks(make, again, workers=workers, engine=engine):
+                    made[one.number] = replace(one, kept=made[one.number].kept, anew=made[one.number].anew)
+                report = _count(BuildReport(out, report.sources), made)
             _check_limit(report, max_bad_fraction)
-            if empty := [name for name, writer in by_name.items() if not writer.count]:
+            pieces = {
+                name: [p for m in made for p in m.pieces if p.folder == name] for name in settings.folders
+            }
+            if empty := [name for name, own in pieces.items() if not own]:
                 raise UserError(
                     f"--val-fraction: {val_fraction} of {report.written} images leaves none for {empty[0]}"
                 )
+            for name, own in pieces.items():
+                report.folders[name] = _publish(settings, name, own, samples_per_shard, overwrite=overwrite)
     except UserError:
         if report.bad:
             out.mkdir(parents=True, exist_ok=True)
             atomic_write_text(out / FAILED, _json(report.to_json() | {"bad_rows": report.bad}))
         raise
-    for name, writer in by_name.items():
-        manifest = read_manifest(out / name)
-        samples, shards = writer.count, len(manifest)
-        report.folders[name] = {"samples": samples, "shards": shards, "fingerprint": fingerprint(manifest)}
     (out / FAILED).unlink(missing_ok=True)
     atomic_write_text(out / REPORT, _json(report.to_json()))
     (out / QUARANTINE).unlink(missing_ok=True)
@@ -147,48 +168,134 @@ def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=1) + "\n"
 
 
-def _prepare(row: Row | BadRow, decode: bool) -> bytes | BadRow:
-    """The image's bytes, looked at; run in threads."""
-    if isinstance(row, BadRow):
-        return row
+@contextmanager
+def _staged(out: Path, settings: Settings, *, overwrite: bool) -> Generator[None]:
+    """The folder for pieces, ours alone. It stays if the block fails and has finished parts."""
+    staging = settings.staging
+    for name in settings.folders:
+        if not _moving(staging):
+            old_shards(out / name, overwrite=overwrite)
     try:
-        image = row.image if isinstance(row.image, bytes) else read_inside(row.root, row.image)
-        header = read_header(image)
-    except BadRow as bad:
-        return bad
-    except HeaderError as error:
-        return BadRow("decode", f"cannot read the image: {error}")
-    if header.width * header.height > MAX_PIXELS:
-        return BadRow("size", f"the image has {header.width} x {header.height} pixels")
-    problem = decode_problem(image) if decode else None
-    return image if problem is None else BadRow(*problem)
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write shards to {out}: {error.strerror}") from error
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"another process writes shards to {out}; wait for it") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        for name, shards in _moving(staging).items():
+            remove_shards(out / name, shards)
+        (staging / MOVING).unlink(missing_ok=True)
+        yield
+        shutil.rmtree(staging)
+    finally:
+        if staging.exists() and not any(staging.glob("*.json")):
+            shutil.rmtree(staging)
+            with suppress(OSError):  # a folder that we made and that stayed empty
+                out.rmdir()
+        os.close(lock)
 
 
-def _write_rows(
-    writers: Mapping[str, ShardWriter],
-    val_fraction: float,
-    report: BuildReport,
-    source: str,
-    rows: Sequence[SourceRow],
-    images: Sequence[bytes | BadRow],
-) -> None:
-    """Write rows of one source, and note the bad ones."""
-    for (number, row), image in zip(rows, images, strict=True):
-        report.rows += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            if isinstance(image, BadRow):
-                raise image
-            key = f"{report.rows:09d}" if row.key is None else row.key
-            if len(report.sources) > 1 and Path(source).is_dir():  # two folders may have pictures of one name
-                key = f"{Path(source).name}/{key}"
-            held_back = xxh3_64_intdigest(image) < val_fraction * 2**64
-            writer = writers["."] if not val_fraction else writers["val" if held_back else "train"]
-            writer.write(safe_key(key), image, read_header(image).format, row.caption, row.meta)
-        except (BadRow, RefusedSample) as bad:
-            detail = bad.detail if isinstance(bad, BadRow) else str(bad)
-            report.bad.append({"source": source, "row": number, "reason": bad.reason, "detail": detail})
+def _moving(staging: Path) -> dict[str, list[str]]:
+    """The shards by folder, old and new, that a build was replacing when it was killed."""
+    try:
+        return json.loads((staging / MOVING).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _parts(sources: Sequence[str], opened: Sequence[Iterable[Any]], size: int) -> Iterator[Part]:
+    """The rows of all sources, ``size`` at a time, each with its key."""
+    rows: list[PartRow] = []
+    number = 0
+    every = chain.from_iterable(((source, *item) for item in given) for source, given in enumerate(opened))
+    for count, (source, place, row) in enumerate(every, 1):
+        given = getattr(row, "key", None)
+        key = f"{count:09d}" if given is None else given
+        path = Path(sources[source])
+        # two folders may have pictures of one name
+        if len(sources) > 1 and given is not None and path.is_dir():
+            key = f"{path.name}/{key}"
+        rows.append(PartRow(source, place, safe_key(key), row))
+        if len(rows) == size:
+            yield Part(number, rows)
+            number, rows = number + 1, []
+    if rows:
+        yield Part(number, rows)
+
+
+def _count(report: BuildReport, made: Iterable[Made]) -> BuildReport:
+    for one in made:
+        report.rows += one.rows
+        report.written += sum(piece.samples for piece in one.pieces)
+        report.bad += [bad | {"source": report.sources[bad["source"]]} for bad in one.bad]
+        report.kept += one.rows if one.kept else 0
+        report.anew += one.rows if one.anew else 0
+    return report
+
+
+def _repeated_keys(settings: Settings, made: Sequence[Made]) -> dict[int, set[tuple[str, str]]]:
+    """By part, folder and key of the samples whose key an earlier part has."""
+    taken: dict[int, set[tuple[str, str]]] = {}
+    for name in settings.folders:
+        pieces = [(one.number, piece) for one in made for piece in one.pieces if piece.folder == name]
+        indexes = [idx_path(settings.staging / piece.name) for _, piece in pieces]
+        with HashColumn() as hashes:
+            for path in indexes:
+                hashes.append(map_index(path).records["key_hash"])
+            for group in hashes.repeats():
+                seen: set[str] = set()
+                for piece, record in group:
+                    key = map_index(indexes[piece]).key(record)
+                    if key in seen:
+                        taken.setdefault(pieces[piece][0], set()).add((name, key))
+                    seen.add(key)
+    return taken
+
+
+def _publish(
+    settings: Settings, name: str, pieces: Sequence[Piece], samples_per_shard: int, *, overwrite: bool
+) -> dict[str, Any]:
+    """Make the pieces of a folder the shards of a set: each run of pieces that fits becomes one."""
+    staging, folder = settings.staging, settings.staging.parent / name
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        run = runs[-1] if runs else []
+        joined = [*run, piece]
+        fits = sum(p.samples for p in joined) <= samples_per_shard
+        if run and fits and sum(p.payload for p in joined) <= END_BYTES:
+            runs[-1] = joined
+        else:
+            runs.append([piece])
+    ready = staging / f"{name.strip('.') or 'all'}-shards"
+    shutil.rmtree(ready, ignore_errors=True)
+    ready.mkdir()
+    rows = [_join(staging, ready / f"{number:05d}.tar", run) for number, run in enumerate(runs)]
+    folder.mkdir(parents=True, exist_ok=True)
+    replaced = [*old_shards(folder, overwrite=overwrite), *(row.shard for row in rows)]
+    atomic_write_text(staging / MOVING, json.dumps(_moving(staging) | {name: replaced}))
+    publish(folder, ready, rows, overwrite=overwrite)
+    return {"samples": sum(row.num_ok for row in rows), "shards": len(rows), "fingerprint": fingerprint(rows)}
+
+
+def _join(staging: Path, path: Path, run: Sequence[Piece]) -> ShardRow:
+    """One shard of several pieces. They stay, so that a build that is killed now can do it again."""
+    if len(run) == 1:
+        with suppress(OSError):  # a file system without links
+            os.link(staging / run[0].name, path)
+            os.link(idx_path(staging / run[0].name), idx_path(path))
+            return make_row(path.name, idx_path(path).read_bytes())
+        path.unlink(missing_ok=True)
+    shard = OpenShard(path)
+    with shard.file:
+        for piece in run:
+            shard.extend(staging / piece.name, piece.payload)
+        return shard.finish()
 
 
 def _check_limit(report: BuildReport, max_bad_fraction: float) -> None:

@@ -1,4 +1,4 @@
-"""Where pairs come from: tables (CSV, TSV, JSONL, Parquet), and folders of images with text beside them.
+"""Where pairs come from: tables (CSV, TSV, JSONL, Parquet), folders of images with text beside, and tars.
 
 A source gives rows one after the other, the same every time. A row that cannot be understood is a
 ``BadRow``, never an exception: one bad line does not end a build of millions.
@@ -17,8 +17,19 @@ from typing import Any
 from ..configs.errors import UserError
 from .image_header import EXTENSIONS, MAX_IMAGE_BYTES
 from .index import load_json
+from .scanning import USUAL, Limits, tar_names
 
-__all__ = ["BadRow", "Columns", "Row", "SourceRow", "open_source", "read_inside"]
+__all__ = [
+    "BadRow",
+    "Columns",
+    "Row",
+    "SourceRow",
+    "Span",
+    "captions_of",
+    "open_source",
+    "plain",
+    "read_inside",
+]
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_COLUMNS = (
@@ -48,15 +59,33 @@ class Columns:
     """Which columns hold what; None: the first of the usual names that the table has."""
 
     image: str | None = None
-    caption: str | None = None
+    caption: str | Sequence[str] | None = None
+    """One or several: the first that has text is the caption, all are kept. Of tars, keys of the JSON."""
     key: str | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The caption columns that were asked for."""
+        if self.caption is None:
+            return ()
+        return (self.caption,) if isinstance(self.caption, str) else tuple(self.caption)
+
+
+@dataclass(frozen=True)
+class Span:
+    """An image that lies inside a file; ``xxh3`` is that of its bytes."""
+
+    file: Path
+    offset: int
+    size: int
+    xxh3: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pair, its image perhaps not read yet: ``image`` is bytes, or a path relative to ``root``."""
+    """One pair. ``image`` is its bytes, or where they are: a path relative to ``root``, or a span."""
 
-    image: bytes | str
+    image: bytes | str | Span
     caption: str
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
     key: str | None = None
@@ -68,7 +97,7 @@ SourceRow = tuple[int, "Row | BadRow"]
 gave."""
 
 
-def read_inside(root: Path, name: str) -> bytes:
+def read_inside(root: Path, name: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """The bytes of an image file that lies inside ``root``, wherever links lead. Raises BadRow: "path"
     (outside), "missing", "size", "url"."""
     if "://" in name[:12]:
@@ -79,7 +108,7 @@ def read_inside(root: Path, name: str) -> bytes:
             raise BadRow("path", f"{name} lies outside {root}; give --root")
         if not real.is_file():
             raise BadRow("missing", f"there is no file {name} in {root}")
-        if real.stat().st_size > MAX_IMAGE_BYTES:
+        if real.stat().st_size > max_bytes:
             raise BadRow("size", f"{name} has {real.stat().st_size} bytes")
         return real.read_bytes()
     except (ValueError, RuntimeError) as error:  # a NUL in the name, a circle of links
@@ -88,20 +117,28 @@ def read_inside(root: Path, name: str) -> bytes:
         raise BadRow("missing", f"{name} cannot be read") from error
 
 
-def open_source(source: str | Path, columns: Columns, root: Path | None = None) -> Iterator[SourceRow]:
-    """Rows of a table or of a folder of images. ``root``: image paths are relative to it and must stay inside
-    it; None: the table's folder. Raises UserError for a source that cannot be read at all."""
+def open_source(
+    source: str | Path, columns: Columns, root: Path | None = None, limits: Limits = USUAL
+) -> Iterator[SourceRow]:
+    """Rows of a table, of a folder of images, of a tar, or of a folder of tars. ``root``: image paths of a
+    table are relative to it and must stay inside it; None: the table's folder. Raises UserError for a source
+    that cannot be read at all."""
+    from .tar_source import tar_rows
+
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path, columns)
-    if not path.is_file():
-        raise UserError(f"there is no {path}; give a table ({', '.join(TABLES)}) or a folder of images")
     kind = path.suffix.lower()
-    root = path.parent if root is None else root
+    if path.is_dir():
+        names = tar_names(path)
+        return tar_rows(path, names, columns, limits) if names else _folder(path, columns)
+    known = f"{', '.join((*TABLES, '.tar'))}, or a folder of images or tars"
+    if not path.is_file():
+        raise UserError(f"there is no {path}; give one of {known}")
+    if kind == ".tar":
+        return tar_rows(path.parent, [path.name], columns, limits)
     if kind not in TABLES:
-        raise UserError(
-            f"{path}: cannot read '{kind}' files; give one of {', '.join(TABLES)} or a folder of images"
-        )
+        unpack = "; unpack it to .tar" if path.name.endswith((".tar.gz", ".tgz", ".tar.zst")) else ""
+        raise UserError(f"{path}: cannot read '{kind}' files; give one of {known}{unpack}")
+    root = path.parent if root is None else root
     if kind == ".parquet":
         rows = _parquet(path)
     else:
@@ -139,14 +176,13 @@ def _find_columns(path: Path, names: Sequence[str], columns: Columns) -> Columns
 
     if columns.key is not None and columns.key not in names:
         raise UserError(f"{path} has no column '{columns.key}'; it has {', '.join(names)}: choose with --key")
-    caption = choose("caption", columns.caption, CAPTION_COLUMNS)
-    usual = [name for name in IMAGE_COLUMNS if name != caption]
-    return Columns(choose("image", columns.image, usual), caption, columns.key)
+    captions = tuple(choose("caption", asked, CAPTION_COLUMNS) for asked in columns.captions or (None,))
+    usual = [name for name in IMAGE_COLUMNS if name not in captions]
+    return Columns(choose("image", columns.image, usual), captions, columns.key)
 
 
 def _row(values: Mapping[str, Any], columns: Columns, root: Path) -> Row:
     assert columns.image is not None
-    assert columns.caption is not None
     image = values.get(columns.image)
     if isinstance(image, Mapping):  # Hugging Face's {"bytes": .., "path": ..}
         image = image.get("bytes") or image.get("path")
@@ -157,7 +193,7 @@ def _row(values: Mapping[str, Any], columns: Columns, root: Path) -> Row:
     meta = {
         name: plain(value)
         for name, value in values.items()
-        if name not in (columns.caption, columns.image)
+        if name not in (*columns.captions, columns.image)
         and not isinstance(value, bytes)
         and plain(value) is not None
     }
@@ -168,22 +204,27 @@ def _row(values: Mapping[str, Any], columns: Columns, root: Path) -> Row:
         key = str(values.get(columns.key) if values.get(columns.key) is not None else "")
         if not key:
             raise BadRow("key", f"column '{columns.key}' is empty")
-    caption, meta = _captions(values.get(columns.caption), meta, columns.caption)
+    caption, meta = captions_of({name: values.get(name) for name in columns.captions}, meta)
     return Row(image, caption, meta, key, root)
 
 
-def _captions(value: Any, meta: dict[str, Any], column: str) -> tuple[str, dict[str, Any]]:
-    """The caption; of a list the first, and all of them as ``captions`` in the JSON."""
+def captions_of(values: Mapping[str, Any], meta: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The first text of some columns, and ``meta`` with all of them as ``captions`` where there are several
+    columns or a list. Raises BadRow if there is none."""
+    texts: list[str] = []
+    for value in values.values():
+        members = value if isinstance(value, list | tuple) else [value]
+        texts += [text for text in members if isinstance(text, str) and text.strip()]
+    several = len(values) > 1 or any(isinstance(value, list | tuple) for value in values.values())
+    if texts:
+        return texts[0], meta | {"captions": texts} if several else meta
+    if len(values) > 1:
+        raise BadRow("caption", f"columns {', '.join(map(repr, values))} hold no text")
+    ((column, value),) = values.items()
     if isinstance(value, list | tuple):
-        texts = [text for text in value if isinstance(text, str) and text.strip()]
-        if not texts:
-            raise BadRow("caption", f"column '{column}' is an empty list")
-        return texts[0], meta | {"captions": texts}
-    if not isinstance(value, str) or not value.strip():
-        raise BadRow(
-            "caption", f"column '{column}' is empty" if not value else f"column '{column}' is no text"
-        )
-    return value, meta
+        raise BadRow("caption", f"column '{column}' is an empty list")
+    blank = value is None or isinstance(value, str) or not value
+    raise BadRow("caption", f"column '{column}' is {'empty' if blank else 'no text'}")
 
 
 def plain(value: Any) -> Any:
@@ -280,16 +321,16 @@ def _sidecar(folder: Path, path: Path, columns: Columns) -> Row:
             meta = {name: plain(value) for name, value in load_json(data).items()}
         except ValueError as error:
             raise BadRow("json", f"{path.with_suffix('.json')} is no JSON object: {error}") from error
-    if text is not None and columns.caption is None:
-        value: Any = text.decode("utf-8", "surrogateescape").strip()
-        column = str(path.with_suffix(".txt"))
+    if text is not None and not columns.captions:
+        values: dict[str, Any] = {
+            str(path.with_suffix(".txt")): text.decode("utf-8", "surrogateescape").strip()
+        }
     elif text is None and not meta:
         raise BadRow("caption", f"there is neither {path.stem}.txt nor {path.stem}.json beside {path}")
     else:
-        names = (columns.caption,) if columns.caption is not None else CAPTION_COLUMNS
-        column = next((name for name in names if name in meta), names[0])
-        value = meta.pop(column, None)
-    caption, meta = _captions(value, meta, column)
+        usual = next((name for name in CAPTION_COLUMNS if name in meta), CAPTION_COLUMNS[0])
+        values = {name: meta.pop(name, None) for name in columns.captions or (usual,)}
+    caption, meta = captions_of(values, meta)
     meta.setdefault("path", path.as_posix())
     return Row(path.as_posix(), caption, meta, path.with_suffix("").as_posix(), folder)
 

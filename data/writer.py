@@ -40,8 +40,9 @@ __all__ = [
     "ShardWriter",
     "check_key",
     "encode_sample",
+    "old_shards",
     "publish",
-    "refuse_full",
+    "remove_shards",
 ]
 
 STAGING = ".partial"
@@ -110,8 +111,7 @@ class ShardWriter:
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
-        if not self.overwrite:
-            refuse_full(self.folder)
+        old_shards(self.folder, overwrite=self.overwrite)
         staging = self.folder / STAGING
         try:
             staging.mkdir(parents=True, exist_ok=True)
@@ -267,8 +267,7 @@ class OpenShard:
 def publish(folder: Path, staging: Path, rows: Sequence[ShardRow], *, overwrite: bool) -> None:
     """Move the shards of ``rows`` from ``staging`` into the folder; the manifest, which makes them valid,
     comes last."""
-    if overwrite:
-        _remove_old(folder)
+    remove_shards(folder, old_shards(folder, overwrite=overwrite))
     for row in rows:
         shard = staging / row.shard
         # never an index without its tar
@@ -278,22 +277,25 @@ def publish(folder: Path, staging: Path, rows: Sequence[ShardRow], *, overwrite:
     write_manifest(folder, rows)
 
 
-def refuse_full(folder: Path) -> None:
-    """UserError if the folder holds shards."""
-    if (folder / MANIFEST).exists() or any(folder.glob("*.tar")):
+def old_shards(folder: Path, *, overwrite: bool) -> list[str]:
+    """The shards of the data set that is to be replaced. UserError unless the folder is empty or
+    ``overwrite`` is set and all of its shards were built here."""
+    listed = (folder / MANIFEST).exists()
+    if not listed and not any(folder.glob("*.tar")):
+        return []
+    if not overwrite or not listed:
         raise UserError(f"{folder} holds shards already; choose an empty folder or give --overwrite")
-
-
-def _remove_old(folder: Path) -> None:
-    """Remove the data set that the folder's manifest lists, its manifest first; refuse other tars."""
-    if not (folder / MANIFEST).exists():
-        return refuse_full(folder)
     old = read_manifest(folder)
     if any(row.foreign for row in old):
         raise UserError(f"{folder} holds tars that were only indexed here; choose another folder")
-    (folder / MANIFEST).unlink()
-    (folder / SIZES).unlink(missing_ok=True)
-    for row in old:
-        idx_path(folder / row.shard).unlink(missing_ok=True)
-        (folder / row.shard).unlink(missing_ok=True)
-    return None
+    return [row.shard for row in old]
+
+
+def remove_shards(folder: Path, names: Sequence[str]) -> None:
+    """Remove shards, the manifest first."""
+    if names:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / SIZES).unlink(missing_ok=True)
+    for name in names:
+        idx_path(folder / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
