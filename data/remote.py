@@ -93,9 +93,15 @@ class RemoteFile:
         """All of it. Raises UserError if it cannot be had."""
         return _retrying(lambda: str(self), lambda: _request(self.url, "cat_file", self.url))
 
-    def download(self, path: Path, *, xxh3: str, most: int, exact: bool) -> None:
-        """Write it to ``path``, with the hash ``xxh3`` (16 digits) and ``most`` bytes, or fewer where that is
-        not ``exact``.
+    def describe(self) -> tuple[int | None, str]:
+        """Its size in bytes, where the server says it, and what the server tells versions of it apart by."""
+        info: dict[str, Any] = _retrying(lambda: str(self), lambda: _request(self.url, "info", self.url))
+        known = [str(info[name]) for name in ("ETag", "etag", "LastModified", "blob_id") if info.get(name)]
+        return info.get("size"), " ".join(known)
+
+    def download(self, path: Path, *, xxh3: str | None, most: int, exact: bool) -> None:
+        """Write it to ``path``, with ``most`` bytes, or fewer where that is not ``exact``, and with the hash
+        ``xxh3`` (16 digits) unless that is None.
 
         Raises UserError if it cannot be had, or is another file after all tries.
         """
@@ -103,8 +109,8 @@ class RemoteFile:
         def attempt() -> None:
             _download(self.url, path, most)
             if (got := path.stat().st_size) != most and (exact or got > most):
-                raise _WrongFile(f"it has {got} bytes, the manifest says {most}")
-            if (found := _hash_of(path)) != xxh3:
+                raise _WrongFile(f"it has {got} bytes, {most} were expected")
+            if xxh3 is not None and (found := _hash_of(path)) != xxh3:
                 raise _WrongFile(f"its xxh3 is {found}, the manifest says {xxh3}")
 
         _retrying(lambda: str(self), attempt)
@@ -176,13 +182,14 @@ def _retrying(name: Callable[[], str], attempt: Callable[[], T]) -> T:
             return attempt()
         except UserError:
             raise
-        except Exception as error:  # backends raise what they please, often no OSError
+        except Exception as raised:  # backends raise what they please, often no OSError
+            error = _cause(raised)
             reason = _reason(error)
             if (mend := _hopeless(error)) is not None:
                 raise UserError(f"{name()} cannot be read: {reason}; {mend}") from error
             if not left:
                 mend = (
-                    "the file or its manifest is not what was written; upload both again"
+                    "it is not what was written; upload it and its manifest again"
                     if isinstance(error, _WrongFile)
                     else "check the network and the server"
                 )
@@ -191,6 +198,13 @@ def _retrying(name: Callable[[], str], attempt: Callable[[], T]) -> T:
             time.sleep(wait)
             wait *= 2
     raise AssertionError("unreachable")
+
+
+def _cause(error: Exception) -> Exception:
+    """What happened: over HTTP, fsspec says of any failure to look at a file that there is none."""
+    cause = error.__cause__
+    web = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    return cause if isinstance(error, FileNotFoundError) and web and isinstance(cause, Exception) else error
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ from .cache import HOT_S, TOUCH_S, FileCache
 from .index import HEADER, OK, RECORD, Index, ShardRow, idx_path, map_index, view_index
 from .remote import RemoteFile, RemoteFolder, read_ranges
 
-__all__ = ["CachedStore", "LocalStore", "OpenedShard", "RangeStore", "ShardStore"]
+__all__ = ["CachedStore", "LocalStore", "OpenedShard", "RangeStore", "ShardStore", "cached_name"]
 
 PREFETCH_THREADS = 3  # of one set in one process
 MAX_KEY_BYTES = 1024  # keys of a shard have no more on average; a server may send anything
@@ -135,7 +135,7 @@ class CachedStore:
         def bring(path: Path) -> None:
             file.download(path, xxh3=row.xxh3, most=row.bytes, exact=True)
 
-        return _cached_name(file, row.xxh3), row.bytes, bring
+        return cached_name(file, row.xxh3), row.bytes, bring
 
     def _index(self, row: ShardRow) -> tuple[RemoteFile, str, int, Callable[[Path], None]]:
         file = self._remote / idx_path(Path(row.shard)).name
@@ -146,7 +146,7 @@ class CachedStore:
             file.download(path, xxh3=row.idx_xxh3, most=most, exact=False)
 
         reserve = HEADER.itemsize + samples * RECORD.itemsize  # its size, but for the keys
-        return file, _cached_name(file, row.idx_xxh3), reserve, bring
+        return file, cached_name(file, row.idx_xxh3), reserve, bring
 
     def _bring_ahead(self, row: ShardRow) -> bool:
         _, name, reserve, bring = self._index(row)
@@ -264,8 +264,9 @@ def _map(handle: int) -> NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(handle, 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
-def _cached_name(file: RemoteFile, xxh3: str) -> str:
-    """The name by which a file is cached: the hash of its whole URL and of the content that the manifest
-    names, so that neither equal names nor a set that was uploaded anew are taken for each other."""
-    digest = hashlib.sha256(f"{file.url}\n{xxh3}".encode()).hexdigest()[:32]
+def cached_name(file: RemoteFile, version: str) -> str:
+    """The name by which a file is cached: its own, after the hash of its whole URL and of what tells its
+    versions apart, its hash for instance. So neither files of equal names nor old and new content are taken
+    for each other."""
+    digest = hashlib.sha256(f"{file.url}\n{version}".encode()).hexdigest()[:32]
     return f"{digest}-{file.name[-100:]}"

@@ -210,6 +210,20 @@ def open_stream(
         raise UserError(
             f"global_batch_size: {global_batch_size} leaves some of {world_size} ranks without a row"
         )
+    if isinstance(config.train, str):
+        from .plain import is_plain, open_plain  # which builds on this module
+
+        if is_plain(config.train):
+            return open_plain(
+                config,
+                seed=seed,
+                global_batch_size=global_batch_size,
+                image_size=image_size,
+                tokenizer=tokenizer,
+                rank=rank,
+                world_size=world_size,
+                pin_memory=pin_memory,
+            )
     sources = open_sources(config)
     order = make_order(config, sources, seed=seed, global_batch_size=global_batch_size)
     recipe = Recipe(

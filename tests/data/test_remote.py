@@ -137,7 +137,7 @@ def test_an_object_of_the_wrong_length_is_an_error_that_says_which(
         UserError, match=rf"{URL}/00001\.tar cannot be read after 5 tries: it has .* bytes"
     ) as told:
         shards.read(5)
-    assert "upload both again" in str(told.value)
+    assert "upload it and its manifest again" in str(told.value)
     assert not list((tmp_path / "cache" / "shards").glob("*00001.tar*"))
 
 
@@ -301,18 +301,14 @@ def test_a_failing_prefetch_is_left_to_the_reader(proxy: Proxy) -> None:
 
 @MODES
 def test_a_stream_over_a_bucket_gives_the_batches_of_the_folder(
-    proxy: Proxy, port: int, tmp_path: Path, cache_gb: float, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, port: int, tmp_path: Path, cache_gb: float
 ) -> None:
     folder = write_corpus(tmp_path / "corpus", n=30)
     upload(folder, port, "corpus")
     expected = global_batches(ranks_of(folder, 2), 5)
-    open_here = open_shards
-    monkeypatch.setattr(
-        "diptych.data.stream.open_shards",
-        lambda train, **_: open_here(f"s3://{BUCKET}/corpus", cache_gb=cache_gb),
-    )
     proxy.faults = [Fault("500", "tar", times=2), Fault("cut", r"00002\.", at=200)]
-    assert all_same(global_batches(ranks_of(folder, 2, workers=2), 5), expected)
+    there = ranks_of([{"data": f"s3://{BUCKET}/corpus"}], 2, workers=2, cache_gb=cache_gb)
+    assert all_same(global_batches(there, 5), expected)
 
 
 def test_a_folder_on_a_web_server_is_read_over_http(port: int, folder: Path, proxy: Proxy) -> None:
