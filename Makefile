@@ -19,7 +19,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-SOURCES := cli configs data pretrain finetune
+BENCHMARKS := loader shuffle_quality order_scale
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -52,10 +52,8 @@ lint: install ## ruff, pyright (strict) and codespell
 	@echo "==> lint and types: clean"
 
 .PHONY: bench
-bench: install ## side-by-side measurements, where benchmarks/ has some
-	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
-	if (( ! $${#files[@]} )); then echo "no benchmarks/bench_*.py in this checkout"; exit 0; fi; \
-	for file in "$${files[@]}"; do echo "==> $$file"; $(BIN)/python "$$file"; done
+bench: install ## side-by-side measurements; rows go to benchmarks/results (some 10 minutes)
+	@for name in $(BENCHMARKS); do echo "==> benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: clean
 clean: ## remove what the tools left here; runs/, the environment and the cache stay
