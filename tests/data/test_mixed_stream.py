@@ -200,7 +200,7 @@ def test_what_is_trained_on_is_told(sets: list[dict[str, Any]]) -> None:
     lines = stream_of(sets, **SETTINGS).describe()
     assert lines[0] == "large: 47 samples, 50.00% of every epoch"
     assert lines[1].startswith("small: 8 of 11 samples pass the filter, 16.67% of every epoch")
-    assert lines[3].startswith("an epoch of 60 samples goes through large 0.638 times, small 1.67 times")
+    assert lines[3].startswith("an epoch of 60 samples goes through large 0.638 times, small 1.25 times")
     alone = stream_of(Path(sets[0]["data"]), batch=8).describe()
     assert alone[-1] == "each epoch leaves out 7 samples, fewer than a global batch, others each time"
 
