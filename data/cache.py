@@ -86,10 +86,10 @@ class FileCache:
 
         False if there is no room for it now; true if it is here, or another process brings it already.
         """
-        if self.has(name):
+        if self._keep(name):
             return True
         with self._locked(name, wait=False) as locked:
-            if not locked or self.has(name):
+            if not locked or self._keep(name):
                 return True
             handle = self._bring(name, size, bring, ahead=True)
             if handle is not None:
@@ -99,6 +99,15 @@ class FileCache:
     def has(self, name: str) -> bool:
         """Whether the file is here at this moment."""
         return (self.folder / name).exists()
+
+    def _keep(self, name: str) -> bool:
+        """Whether a file is here. It then counts as used now, if it ever was, since it is to be used soon."""
+        try:
+            used = (self.folder / name).stat().st_atime_ns
+            os.utime(self.folder / name, ns=(used, time.time_ns()))
+        except FileNotFoundError:
+            return False
+        return True
 
     def touch(self, handle: int) -> None:
         """Say that an open file is in use."""

@@ -131,6 +131,16 @@ def test_what_was_brought_ahead_is_not_evicted_for_what_may_come_later(tmp_path:
     assert names(tmp_path) == {"c", "now", "e"}
 
 
+def test_what_is_hinted_at_again_is_kept(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 2 * SIZE)
+    for seconds, name in ((200, "a"), (100, "b")):
+        use(cache, name)
+        age(cache, name, seconds)
+    assert cache.bring_ahead("a", SIZE, writes())
+    assert cache.bring_ahead("c", SIZE, writes())
+    assert names(tmp_path) == {"a", "c"}
+
+
 def test_a_file_larger_than_the_cache_is_read_all_the_same(tmp_path: Path) -> None:
     cache = FileCache(tmp_path, 100)
     assert not cache.bring_ahead("a", SIZE, writes())
