@@ -19,6 +19,7 @@ from ..configs.files import temporary_beside
 from .canonical import caption_hash
 from .engine import Engine, Progress, quiet, run_tasks
 from .image_header import MAX_PIXELS
+from .index import OK
 from .scan import Finding
 from .shards import DamagedSample, ShardSet, open_shards
 
@@ -144,8 +145,7 @@ def _opened(folder: str) -> ShardSet:
 
 def _signatures(match: tuple[str, ...], max_pixels: int, task: tuple[str, int]) -> _Signatures:
     """Look at the samples of one shard."""
-    from .decode import DecodeError, decode_image  # torch, which comparing bytes does without
-    from .phash import CROPS, perceptual_hashes
+    from .phash import CROPS
 
     shards, shard = _opened(task[0]), task[1]
     first, n = int(shards.shard_sizes[:shard].sum()), int(shards.shard_sizes[shard])
@@ -153,18 +153,25 @@ def _signatures(match: tuple[str, ...], max_pixels: int, task: tuple[str, int]) 
     hashes, unread = np.zeros((n, len(CROPS)), np.uint64), 0
     records = shards.records(shard)
     if "image" in match:
-        images[:] = records["image_xxh3"][(records["flags"] & 1) > 0]
+        images[:] = records["image_xxh3"][(records["flags"] & OK) > 0]
     for number in range(n) if set(match) - {"image"} else ():
         try:
             raw = shards.read(first + number)
             captions[number] = caption_hash(raw.caption) if "caption" in match else 0
-            if "similar-image" in match:
-                pixels = decode_image(raw.image, max_pixels=max_pixels, least=READ_SIDE)
-                found = perceptual_hashes(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-                hashes[number] = 0 if found is None else found
-        except (DamagedSample, DecodeError):
+            hashes[number] = _shown(raw.image, max_pixels) if "similar-image" in match else 0
+        except (DamagedSample, ValueError):  # DecodeError is one
             unread += 1
     return _Signatures(images, hashes, captions, unread)
+
+
+def _shown(image: bytes, max_pixels: int) -> NDArray[np.uint64] | int:
+    """The perceptual hashes of an image, 0 if it shows too little."""
+    from .decode import decode_image  # torch, which comparing bytes does without
+    from .phash import perceptual_hashes
+
+    pixels = decode_image(image, max_pixels=max_pixels, least=READ_SIDE).permute(1, 2, 0)
+    found = perceptual_hashes(np.ascontiguousarray(pixels.numpy()))
+    return 0 if found is None else found
 
 
 _Match = tuple[int, str, int, int]

@@ -30,6 +30,10 @@ class Limits:
     max_pixels: int = MAX_PIXELS
     max_image_bytes: int = MAX_IMAGE_BYTES
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_image_bytes <= MAX_IMAGE_BYTES:
+            raise UserError(f"--max-image-mb must be from 1 to {MAX_IMAGE_BYTES >> 20}")
+
 
 USUAL = Limits()
 

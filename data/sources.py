@@ -62,6 +62,8 @@ class Columns:
     caption: str | Sequence[str] | None = None
     """One or several: the first that has text is the caption, all are kept. Of tars, keys of the JSON."""
     key: str | None = None
+    prefix_keys: bool = False
+    """Put a tar's name before the keys of its samples."""
 
     @property
     def captions(self) -> tuple[str, ...]:

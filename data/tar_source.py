@@ -1,6 +1,7 @@
 """Tars as a source of pairs: the samples that indexing would find, their images still in the tar."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def tar_rows(folder: Path, names: Sequence[str], columns: Columns, limits: Limit
         captions = columns.captions or ((indexed[name],) if indexed.get(name) else ())
         for row in _tar(folder / name, tuple(map(str, captions)), limits):
             number += 1
+            if columns.prefix_keys and isinstance(row, Row):
+                row = replace(row, key=f"{Path(name).stem}/{row.key}")
             yield number, row
 
 

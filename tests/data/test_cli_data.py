@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
-from diptych.cli import data as command
+from diptych.cli import data_build as command
+from diptych.cli import data_verify
 from diptych.cli.main import main
+from diptych.data import overlap
 from diptych.data.shards import open_shards
 
 from .samples import flip, picture, sample_members, samples, write, write_tar
@@ -116,6 +119,57 @@ def test_verify_exits_with_1_and_names_the_fault(tmp_path: Path, capsys: pytest.
     assert (code, report["ok"], said) == (1, False, "")
     assert {"shard": "00000.tar", "key": "key-0002", "reason": "hash",
             "detail": "its image has changed since it was indexed"} in report["findings"]  # fmt: skip
+
+
+def test_verify_against_an_evaluation_set_writes_the_filter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (data_verify.MATCHES, data_verify.MAX_DISTANCE) == (overlap.MATCHES, overlap.MAX_DISTANCE)
+    content = samples(6)
+    train, test = write(tmp_path / "train", content), write(tmp_path / "test", samples(2, first=50))
+    words = ["verify", str(train), "--against", str(test), "--workers", "1"]
+    code, printed, said = run(capsys, *words)
+    assert (code, said) == (0, "")
+    assert printed == f"compared 6 samples of {train} with {test}: none stands there\n"
+    write(tmp_path / "other", [("x", content[4][1], content[4][2], "Picture NUMBER 1 \N{CAT FACE}", {})])
+    words += ["--against", str(tmp_path / "other"), "--match", "image", "caption"]
+    code, printed, said = run(capsys, *words, "--write-filter", str(tmp_path / "drop.parquet"))
+    assert code == 1
+    assert "2 also stand there (caption 1, image 1)" in printed
+    assert f"train without them with data.drop={tmp_path}/drop.parquet" in printed
+    assert (
+        f"00000.tar: sample 'key-0001': caption: its caption is that of sample 'x' of {tmp_path}/other"
+        in said
+    )
+    assert pyarrow.parquet.read_table(tmp_path / "drop.parquet")["key"].to_pylist() == [
+        "key-0001",
+        "key-0004",
+    ]
+    code, printed, _ = run(capsys, *words, "--json")
+    assert (code, json.loads(printed)["matched"], json.loads(printed)["ok"]) == (1, 2, False)
+    code, _, said = run(capsys, "verify", str(train), "--write-filter", "x.parquet")
+    assert (code, "--write-filter needs --against" in said) == (2, True)
+
+
+def test_verify_names_copies_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = samples(3)
+    folder = str(write(tmp_path, [*content, ("copy", content[0][1], "png", "again", {})]))
+    code, printed, _ = run(capsys, "verify", folder)
+    assert code == 0
+    assert "note: 1 images are copies; --duplicates names them all: sample 'copy' of 00000.tar" in printed
+    code, printed, said = run(capsys, "verify", folder, "--duplicates")
+    assert (code, "1 faults (duplicate-image 1)" in printed) == (1, True)
+    assert "00000.tar: sample 'copy': duplicate-image: its image is that of sample 'key-0000'" in said
+
+
+def test_limits_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write(tmp_path, [("big", picture(size=(700, 700)), "png", "more than a megabyte", {})]))
+    assert run(capsys, "verify", folder)[0] == 0
+    for limit in (["--max-image-mb", "1"], ["--max-pixels", "489999"]):
+        code, printed, _ = run(capsys, "verify", folder, *limit)
+        assert (code, "1 faults (size 1)" in printed) == (1, True)
+    code, _, said = run(capsys, "verify", folder, "--max-image-mb", "257")
+    assert (code, "must be from 1 to 256" in said) == (2, True)
 
 
 def test_many_faults_are_counted_after_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
