@@ -210,22 +210,14 @@ def open_stream(
         raise UserError(
             f"global_batch_size: {global_batch_size} leaves some of {world_size} ranks without a row"
         )
-    if isinstance(config.train, str):
-        from .plain import is_plain, open_plain  # which builds on this module
+    from .plain import is_plain, open_plain  # which builds on this module
 
-        if is_plain(config.train):
-            return open_plain(
-                config,
-                seed=seed,
-                global_batch_size=global_batch_size,
-                image_size=image_size,
-                tokenizer=tokenizer,
-                rank=rank,
-                world_size=world_size,
-                pin_memory=pin_memory,
-            )
+    settings: dict[str, Any] = {"seed": seed, "global_batch_size": global_batch_size}
+    if any(is_plain(source.data) for source in config.sources):
+        more: dict[str, Any] = {"image_size": image_size, "tokenizer": tokenizer, "pin_memory": pin_memory}
+        return open_plain(config, rank=rank, world_size=world_size, **settings, **more)
     sources = open_sources(config)
-    order = make_order(config, sources, seed=seed, global_batch_size=global_batch_size)
+    order = make_order(config, sources, **settings)
     recipe = Recipe(
         image_size, config.augment, config.captions, config.max_pixels, config.on_bad, rank, world_size
     )

@@ -19,7 +19,7 @@ class Quarantine:
         """``allowed``: how many distinct samples may be damaged after so many samples seen."""
         self.path = path
         self.allowed = allowed
-        self._known: set[tuple[int, int]] = set()
+        self._known: set[_Sample] = set()
 
     @property
     def count(self) -> int:
@@ -53,6 +53,10 @@ class Quarantine:
             )
 
 
-def _sample(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Source and number of a damaged sample; what was written before there were sources is of the first."""
-    return int(row.get("source", 0)), int(row["sample_id"])
+_Sample = tuple[int, int, str, str]
+
+
+def _sample(row: Mapping[str, Any]) -> _Sample:
+    """What is damaged: source, number, shard and key. What was written before there were sources is of the
+    first; where a tar without an index breaks, samples have no number."""
+    return int(row.get("source", 0)), int(row["sample_id"]), row["shard"], row["key"]
