@@ -90,10 +90,7 @@ class PlainStream(Stream):
 
     def describe(self) -> list[str]:
         """What is trained on, in lines for people."""
-        return [
-            f"{len(self._tars)} tars without an index; {self.num_samples} samples are called an epoch",
-            NO_INDEX,
-        ]
+        return [f"{len(self._tars)} tars without an index; {self.num_samples} samples are called an epoch"]
 
     def _hint(self) -> None:
         """Workers look ahead themselves."""

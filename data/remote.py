@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 TRIES = 5
 FIRST_WAIT_S = 1.0  # doubled at each retry: 15 seconds in all
-REQUEST_S = 60.0  # a whole answer that is held in memory
+REQUEST_S = 30.0  # a whole answer that is held in memory, or some together
 STALL_S = 30.0  # a download that brings nothing
 CONNECT_S = 10.0
 AT_ONCE = 32  # requests of one call that are under way together

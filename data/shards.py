@@ -221,8 +221,12 @@ class ShardSet:
         missing = [shard for shard in sorted(shards) if shard not in self._opened]
         if len(missing) < 2 or self._pid != os.getpid():
             return
-        with ThreadPoolExecutor(min(OPENED_TOGETHER, len(missing))) as pool:
-            list(pool.map(lambda shard: self._open(shard).ready(), missing))
+        pool = ThreadPoolExecutor(min(OPENED_TOGETHER, len(missing)))
+        try:
+            for _ in pool.map(lambda shard: self._open(shard).ready(), missing):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # when one cannot be had the others need not be tried
 
     def _record(self, sample_id: int) -> tuple[int, OpenedShard, dict[str, int]]:
         """Shard number, shard and index record of a sample."""
