@@ -61,7 +61,7 @@ def recode(data: bytes, header: ImageHeader, wish: Recode, *, max_pixels: int) -
     buffer = io.BytesIO()
     try:
         image.save(buffer, format=_PILLOW[kind], **options)
-    except (OSError, SystemError) as error:  # a side that the format cannot count to
+    except (OSError, ValueError, SystemError) as error:  # a side that the format cannot count to
         raise ValueError(f"{image.width} x {image.height} pixels cannot be written as {kind}") from error
     return buffer.getvalue()
 
