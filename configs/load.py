@@ -153,8 +153,13 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
 
 
 def _problems(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        parts = [str(part) for part in problem["loc"] if not _is_union_tag(part)]
+    found = [
+        ([str(part) for part in problem["loc"] if not _is_union_tag(part)], problem)
+        for problem in error.errors()
+    ]
+    for parts, problem in found:
+        if any(len(deeper) > len(parts) and deeper[: len(parts)] == parts for deeper, _ in found):
+            continue  # of a key that takes several kinds of values: this kind was not meant
         key = ".".join(parts)
         if problem["type"] == "extra_forbidden":
             known = _known_keys(cls, parts[:-1])

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from ..configs.errors import UserError
-from ..configs.files import resolve_data_path
 from ..data.shards import open_shards
 from ..data.stream import open_stream
 from ..data.text import tokenizer_for
@@ -134,7 +133,7 @@ class _Run:
         config = self.config
         held_out = config.evaluate.data
         self.held_out = (
-            on_rank_0(lambda: open_shards(resolve_data_path(held_out)), self.device) if held_out else None
+            on_rank_0(lambda: open_shards(held_out, **config.data.storage), self.device) if held_out else None
         )
         on_rank_0(lambda: open_run(config), self.device)
         self.folder = run_path(config)

@@ -230,7 +230,7 @@ def test_caption_choice_is_keyed_by_the_source(sets: list[dict[str, Any]]) -> No
         ([], "the list of sources is empty"),
         ([{"data": "a", "weight": 1.0}, {"data": "b"}], "some sources have a weight and some have none"),
         ([{"data": "x/a"}, {"data": "y/a"}], "two sources are called a"),
-        ([{"data": "a", "wait": 1}], "weight"),
+        ([{"data": "a", "wieght": 1}], "yaml: train.0.wieght: unknown key; did you mean 'weight'.$"),
         ([{"data": "a", "weight": 0.0}], "weight"),
     ],
 )
