@@ -27,6 +27,7 @@ from .tars import Member, TarReader
 __all__ = ["Finding", "ShardScan", "scan_shard"]
 
 TEXTS = ("txt", "json")
+MAX_KEY = 4096  # characters; the index counts a key's bytes in 16 bits
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ class _Scanner:
             problem = self._fill(record, members)
         except (ValueError, RecursionError) as error:
             problem = ("json", str(error))
+        if len(key) > MAX_KEY:
+            problem = ("size", f"its name has {len(key)} characters")
+            key = key[:MAX_KEY]
         if broken:
             problem = ("truncated", "the tar breaks behind its last member that is whole")
         elif key in self._seen:

@@ -4,6 +4,7 @@
 This reader tells these ends from a good one, and it hashes what it passes.
 """
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ END = bytes(2 * BLOCK)
 MAX_NAME_BYTES = 100
 """Longest member name that a USTAR header holds in one field."""
 CHUNK = 1 << 20
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 MAX_EXTENDED_HEADER = 1 << 20  # a name that takes more is an attack
 
 
@@ -118,6 +120,8 @@ class TarReader:
                 raise _Break("truncated", f"ends at byte {self.size} in a header")
             if not any(block):
                 return self._after_end()
+            if self.size == BLOCK and block.startswith(COMPRESSED):
+                raise _Break("damaged", "is compressed; unpack it")
             own_name, own_size, kind = self._parse(block)
             if kind in b"LKxg":
                 extended = self._extended(own_size)
@@ -128,7 +132,10 @@ class TarReader:
                     # a global header speaks of all members, but nobody gives all of them one name or size
                     if kind == b"x":
                         name = given.get("path", name)
-                        size = int(given["size"]) if given.get("size", "").isdecimal() else size
+                        if re.fullmatch("[0-9]{1,18}", given.get("size", "")):
+                            size = int(given["size"])
+                        if any(key.startswith("GNU.sparse.") for key in given):
+                            raise self._sparse(name or "")
                 continue
             member = self._member(name or own_name, own_size if size is None else size, kind)
             name = size = None
@@ -139,9 +146,7 @@ class TarReader:
         """Read or pass over a member; None if it is no regular file."""
         what = f"member '{name}'"
         if kind == b"S":
-            raise _Break(
-                "damaged", f"has a sparse {what} before byte {self.size}, which this program does not read"
-            )
+            raise self._sparse(name)
         if kind in b"123456" or name.endswith("/"):  # links, devices, folders: no bytes follow
             return None
         offset, data = self.size, None
@@ -151,6 +156,11 @@ class TarReader:
             self._skip(size, what)
         self._exactly(-size % BLOCK, what)
         return Member(name, offset, size, data) if kind in b"07\0" else None
+
+    def _sparse(self, name: str) -> _Break:
+        return _Break(
+            "damaged", f"has a sparse member '{name}' before byte {self.size}, which is not read here"
+        )
 
     def _parse(self, block: bytes) -> tuple[str, int, bytes]:
         """Name, size and type of a header block, its checksum proven."""
