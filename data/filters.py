@@ -7,9 +7,11 @@ node share it.
 import fcntl
 import hashlib
 import json
+import logging
 import re
+import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,13 @@ from .where import columns_of, evaluate, parse
 
 __all__ = ["FilterConfig", "Selection", "read_keys", "select"]
 
+log = logging.getLogger(__name__)
+
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 UID = np.dtype([("f0", "<u8"), ("f1", "<u8")])  # DataComp's files of 128-bit uids
 OPEN = 64  # shards whose samples are listed in memory
+TELL_S = 10.0  # how often long work says how far it is
 
 
 class FilterConfig(StrictModel):
@@ -71,7 +76,7 @@ class Selection:
     def __reduce__(self) -> tuple[Any, ...]:
         return Selection, (self._path, self._sizes)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of the choice, in hexadecimal."""
         return hashlib.sha256(self._bits.data).hexdigest()
@@ -120,7 +125,11 @@ def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArr
     """Of each shard, which of its usable samples are chosen."""
     keep = None if config.keep is None else read_keys(config.keep)
     drop = None if config.drop is None else read_keys(config.drop)
+    told = time.monotonic()
     for shard, name in enumerate(shards.shard_names):
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            log.warning("%s: filter: %d of %d shards", shards.folder, shard, len(shards.shard_names))
         records = shards.records(shard)
         usable = records[(records["flags"] & OK) > 0]
         chosen = np.ones(len(usable), dtype=np.bool_)
