@@ -15,6 +15,10 @@ from diptych.configs.errors import UserError
 from diptych.data.engine import run_tasks
 from diptych.data.writer import check_key
 
+from .samples import write_tar
+from .test_build_parts import content, source_of
+from .test_foreign import half_samples
+
 WARNING = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
@@ -94,3 +98,24 @@ def test_ray_gives_the_same_results_and_errors() -> None:
     assert list(run_tasks(partial(pow, 3), range(30), workers=2, engine="ray")) == [3**n for n in range(30)]
     with pytest.raises(UserError, match="has a dot"):
         list(run_tasks(check_key, ["a", "b", "c.d", "e"], workers=2, engine="ray"))
+
+
+@WARNING
+@pytest.mark.slow
+def test_ray_builds_indexes_and_verifies_what_processes_do(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    source = source_of(tmp_path)
+    main = [sys.executable, "-m", "diptych.cli", "data"]
+    for engine in ("local", "ray"):
+        out, foreign = tmp_path / engine, tmp_path / f"{engine}-foreign"
+        for number in range(3):
+            write_tar(foreign / f"{number}.tar", half_samples())
+        options = ["--engine", engine, "--workers", "2"]
+        build = ["build", source, "--out", out, "--samples-per-shard", "4", "--max-bad-fraction", "0.5"]
+        for words, code in ((build, 0), (["index", foreign], 0), (["verify", out, "--decode"], 0),
+                            (["verify", foreign], 1)):  # fmt: skip
+            done = subprocess.run([*main, *map(str, words), *options], capture_output=True, text=True)
+            assert done.returncode == code, done.stderr
+    assert content(tmp_path / "local") == content(tmp_path / "ray")
+    for path in (tmp_path / "local-foreign").glob("*.idx"):
+        assert path.read_bytes() == (tmp_path / "ray-foreign" / path.name).read_bytes()

@@ -3,6 +3,7 @@ a wrong pair; every refusal names its file; and ``verify`` finds what was done."
 
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +34,15 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "set"))
 
 
-def cases(folder: Path, pattern: str, damages: tuple[Damage, ...], n: int, seed: int = 0):
-    """Damage a file, let the test look, and mend it: ``(name, first, last)`` changed place."""
+def cases(
+    folder: Path, pattern: str, damages: tuple[Damage, ...], n: int, seed: int, every: int
+) -> Iterator[tuple[str, int, int, bool]]:
+    """Damage a file, let the test look, and mend it: name, first and last changed place, and, in one of
+    ``every`` cases, that ``verify`` is to be asked too."""
     rng = random.Random(seed)
     files = sorted(folder.glob(pattern))
     content = {path: path.read_bytes() for path in files}
-    for _ in range(n):
+    for case in range(n):
         path = rng.choice(files)
         data = bytearray(content[path])
         damage = rng.choice(damages)
@@ -46,7 +50,7 @@ def cases(folder: Path, pattern: str, damages: tuple[Damage, ...], n: int, seed:
         if bytes(data) == content[path]:
             continue
         path.write_bytes(data)
-        yield path.name, first, last
+        yield path.name, first, last, case % every == 0
         path.write_bytes(content[path])
 
 
@@ -63,9 +67,9 @@ def verify_names(folder: Path, name: str) -> None:
         assert name.replace(".idx", ".tar") in shards
 
 
-def damaged_tars(folder: Path, n: int, seed: int) -> None:
+def damaged_tars(folder: Path, n: int, seed: int, every: int = 1) -> None:
     members = {path.name: member_offsets(path) for path in folder.glob("*.tar")}
-    for name, first, last in cases(folder, "*.tar", SAME_LENGTH, n, seed):
+    for name, first, last, asked in cases(folder, "*.tar", SAME_LENGTH, n, seed, every):
         got = read_all(folder, {name})
         assert not isinstance(got, UserError)
         touched = {
@@ -81,20 +85,22 @@ def damaged_tars(folder: Path, n: int, seed: int) -> None:
                 assert first != last or key not in touched
             else:
                 assert key in touched
-        verify_names(folder, name)
+        if asked:
+            verify_names(folder, name)
 
 
-def damaged_indexes(folder: Path, n: int, seed: int) -> None:
-    for name, _, _ in cases(folder, "*.idx", ANY, n, seed):
+def damaged_indexes(folder: Path, n: int, seed: int, every: int = 1) -> None:
+    for name, _, _, asked in cases(folder, "*.idx", ANY, n, seed, every):
         assert isinstance(read_all(folder, {name}), UserError)
-        verify_names(folder, name)
+        if asked:
+            verify_names(folder, name)
 
 
-def forged_indexes(folder: Path, n: int, seed: int) -> None:
+def forged_indexes(folder: Path, n: int, seed: int, every: int = 1) -> None:
     """The manifest vouches for the damaged index: pairs are true still, whatever it claims."""
     manifest = (folder / "manifest.jsonl").read_bytes()
     truth = {(sample[1], sample[3]) for sample in TRUTH.values()}
-    for name, _, _ in cases(folder, "*.idx", ANY, n, seed):
+    for name, _, _, asked in cases(folder, "*.idx", ANY, n, seed, every):
         rows = read_manifest(folder)
         digest = xxh3_64_hexdigest((folder / name).read_bytes())
         forged = [replace(row, idx_xxh3=digest) if row.shard[:5] == name[:5] else row for row in rows]
@@ -102,13 +108,14 @@ def forged_indexes(folder: Path, n: int, seed: int) -> None:
         got = read_all(folder, {name, name.replace(".idx", ".tar")})
         for sample in {} if isinstance(got, UserError) else got.values():
             assert isinstance(sample, DamagedSample) or (sample.image, sample.caption) in truth
-        verify_names(folder, name)
+        if asked:
+            verify_names(folder, name)
         (folder / "manifest.jsonl").write_bytes(manifest)
 
 
-def damaged_manifests(folder: Path, n: int, seed: int) -> None:
+def damaged_manifests(folder: Path, n: int, seed: int, every: int = 1) -> None:
     before = read_manifest(folder)
-    for name, _, _ in cases(folder, "manifest.jsonl", ANY, n, seed):
+    for name, _, _, asked in cases(folder, "manifest.jsonl", ANY, n, seed, every):
         got = read_all(folder, set(FILES))
         for key, sample in {} if isinstance(got, UserError) else got.items():
             assert isinstance(sample, RawSample)
@@ -119,7 +126,7 @@ def damaged_manifests(folder: Path, n: int, seed: int) -> None:
             same = False
         if same:  # a space more, for instance
             assert verify_folder(folder).findings == []
-        else:
+        elif asked:
             verify_names(folder, name)
 
 
@@ -129,7 +136,7 @@ def damaged_foreign_tars(folder: Path, n: int, seed: int) -> None:
     for number in range(2):
         write_tar(folder / f"{number}.tar", content)
     members = member_offsets(folder / "0.tar")
-    for name, first, last in cases(folder, "*.tar", (*SAME_LENGTH, cut, cut_at_a_block), n, seed):
+    for name, first, last, _ in cases(folder, "*.tar", (*SAME_LENGTH, cut, cut_at_a_block), n, seed, 1):
         for path in (*folder.glob("*.idx"), *folder.glob("*.json*")):
             path.unlink()
         index_folder(folder)
@@ -156,7 +163,7 @@ FUZZ = {
 
 @pytest.mark.parametrize("what", FUZZ)
 def test_what_is_read_is_true_or_refused(folder: Path, what: str) -> None:
-    FUZZ[what](folder, 800, 1)
+    FUZZ[what](folder, 800, 1, 5)
     assert verify_folder(folder).findings == []
 
 
@@ -183,7 +190,8 @@ def test_every_length_of_a_cut_is_found(folder: Path) -> None:
         path.write_bytes(data[:length])
         got = read_all(folder, {"00001.tar"})
         assert isinstance(got, UserError)
-        verify_names(folder, "00001.tar")
+        if length % 5 == 0:
+            verify_names(folder, "00001.tar")
 
 
 def test_a_tar_that_is_cut_while_it_is_open_gives_damaged_samples_and_true_ones(folder: Path) -> None:
