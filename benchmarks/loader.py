@@ -62,7 +62,10 @@ class Contestant:
             env=environment,
         )
         self.kind = kind
-        self.versions: dict[str, str] = self._answer()["versions"]
+
+    def versions(self) -> dict[str, str]:
+        """Of what it runs on; it is ready then."""
+        return self._answer()["versions"]
 
     def rate(self, what: str, folder: Path) -> float:
         """Images per second of processor time, of one pass."""
@@ -144,12 +147,13 @@ def measure(kind_packages: dict[str, Path | None], folders: dict[str, Path], rou
     rates: dict[str, dict[str, list[float]]] = {task: {k: [] for k in kind_packages} for task in folders}
     found: dict[str, dict[str, str]] = {}
     order = random.Random(0)
-    for task, folder in folders.items():
-        what = "read" if task == "read" else "train"
-        with ExitStack() as stack:
-            running = [stack.enter_context(Contestant(*pair)) for pair in kind_packages.items()]
+    with ExitStack() as stack:
+        running = [stack.enter_context(Contestant(*pair)) for pair in kind_packages.items()]
+        for contestant in running:
+            found[contestant.kind] = contestant.versions()
+        for task, folder in folders.items():
+            what = "read" if task == "read" else "train"
             for contestant in running:
-                found[contestant.kind] = contestant.versions
                 contestant.rate(what, folder)  # the first pass warms up
             for number in range(rounds):
                 for contestant in order.sample(running, len(running)):
@@ -181,7 +185,7 @@ def main() -> None:
     kinds: dict[str, Path | None] = {"fast": None, "plain": None, "webdataset": None}
     if packages is not None:
         kinds["open_clip"] = packages
-    count, reads, rounds = (64, 1024, 3) if options.quick else (192, 4096, 9)
+    count, reads, rounds = (64, 1024, 3) if options.quick else (128, 4096, 9)
     folders: dict[str, Path] = {}
     row: dict[str, Any] = {
         "benchmark": "loader",

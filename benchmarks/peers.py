@@ -46,6 +46,7 @@ def diptych(batch_size: int, image_size: int, *, fast: bool) -> tuple[Pass, Pass
         raise SystemExit("simplejpeg is not installed; pip install 'diptych[fast]'")
     tokenizer = build_tokenizer(None, 77)
     mean, std = (255 * torch.tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
+    pixels = torch.empty(batch_size, 3, image_size, image_size)
 
     @cache
     def stream(folder: str) -> Any:
@@ -58,8 +59,9 @@ def diptych(batch_size: int, image_size: int, *, fast: bool) -> tuple[Pass, Pass
         batches = stream(folder)
         for _ in range(batches.steps_per_epoch):
             batch = next(batches)
-            # what training does on the device (ContrastiveModel.pixels), here on the processor
-            image = batch["image"].to(torch.float32).sub_(mean).div_(std)
+            # what training does on the device (ContrastiveModel.pixels), here on the processor; a device's
+            # allocator gives the same memory again, so that no pages are made for it
+            image = pixels.copy_(batch["image"]).sub_(mean).div_(std)
             assert bool(batch["valid"].all())
             yield len(image), str(image.dtype)
 

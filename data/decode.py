@@ -110,7 +110,8 @@ def drawn_crop(
     width, height = header.seen
     if header.format == "jpg":
         for shrink in (8, 4, 2):
-            if min(width, height) < shrink:
+            short = min(width, height) // shrink
+            if short == 0 or (short + 1) * (1 + augment.margin) + 1 < image_size:  # no crop can cover it
                 continue
             box = crop_box(-(-height // shrink), -(-width // shrink), augment, draws)
             if min(box.height, box.width) >= image_size:
