@@ -351,7 +351,8 @@ def _ranges(wanted: list[tuple[str, int, int]]) -> list[bytes | Exception]:
 
     def one(span: tuple[str, int, int]) -> bytes | Exception:
         try:
-            return _system(span[0]).cat_file(span[0], start=span[1], end=span[2])
+            # without a cache of the file object, which reads megabytes ahead
+            return _system(span[0]).cat_file(span[0], start=span[1], end=span[2], cache_type="none")
         except Exception as error:
             return error
 
