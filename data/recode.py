@@ -41,13 +41,13 @@ def recode(data: bytes, header: ImageHeader, wish: Recode, *, max_pixels: int) -
     give equal bytes with one version of Pillow. Raises DecodeError, and ValueError if the format cannot hold
     the image.
     """
-    from .decode import decode_image  # torch
-
     kind = wish.format or header.format
     side = min(header.width, header.height)
     shrinks = wish.image_size is not None and side > wish.image_size
     if not shrinks and kind == header.format and (wish.quality is None or kind == "png"):
         return data
+    from .decode import decode_image  # torch, which images that stay do without
+
     least = 2 * wish.image_size if shrinks and wish.image_size is not None else None
     pixels = decode_image(data, max_pixels=max_pixels, least=least).permute(1, 2, 0)
     image = Image.fromarray(np.ascontiguousarray(pixels.numpy()))
