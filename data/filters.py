@@ -126,11 +126,11 @@ def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArr
     keep = None if config.keep is None else read_keys(config.keep)
     drop = None if config.drop is None else read_keys(config.drop)
     told = time.monotonic()
-    for shard, name in enumerate(shards.shard_names):
+    for shard, (name, index) in enumerate(zip(shards.shard_names, shards.indexes(), strict=True)):
         if time.monotonic() - told > TELL_S:
             told = time.monotonic()
             log.warning("%s: filter: %d of %d shards", shards.folder, shard, len(shards.shard_names))
-        records = shards.records(shard)
+        records = index.records
         usable = records[(records["flags"] & OK) > 0]
         chosen = np.ones(len(usable), dtype=np.bool_)
         if tree is not None:

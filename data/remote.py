@@ -194,7 +194,9 @@ def _retrying(name: Callable[[], str], attempt: Callable[[], T]) -> T:
                     else "check the network and the server"
                 )
                 raise UserError(f"{name()} cannot be read after {TRIES} tries: {reason}; {mend}") from error
-            log.warning("%s: %s; trying again in %.1f s", name(), reason, wait)
+            # nobody waits for what threads bring ahead, and they may fail because the process ends
+            level = logging.DEBUG if threading.current_thread().daemon else logging.WARNING
+            log.log(level, "%s: %s; trying again in %.1f s", name(), reason, wait)
             time.sleep(wait)
             wait *= 2
     raise AssertionError("unreachable")

@@ -8,7 +8,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from .index import (
     Index,
     ShardRow,
     fingerprint,
-    idx_path,
     key_hash,
     load_json,
     parse_manifest,
@@ -37,7 +36,7 @@ from .index import (
     text_hash,
 )
 from .remote import RemoteFolder, as_url
-from .stores import CachedStore, LocalStore, OpenedShard, RangeStore, ShardStore
+from .stores import CachedStore, LocalStore, OpenedShard, RangeStore, ShardStore, check_files_of
 from .writer import RefusedSample, ShardWriter
 
 __all__ = ["DamagedSample", "RawSample", "RefusedSample", "ShardSet", "ShardWriter", "open_shards"]
@@ -266,11 +265,22 @@ class ShardSet:
         shard, record = self.locate(sample_id)
         return self._open(shard).index.key(record)
 
+    def indexes(self) -> Iterator[Index]:
+        """The indexes of all shards, in order; of a remote set some are fetched at the same time."""
+        return (opened.index for opened in self._each())
+
+    def _each(self) -> Iterator[OpenedShard]:
+        if not self.is_remote:
+            yield from map(self._open, range(len(self.rows)))
+            return
+        with ThreadPoolExecutor(OPENED_TOGETHER) as pool:
+            for start in range(0, len(self.rows), OPEN_SHARDS // 2):  # none is closed before it is given
+                yield from pool.map(self._open, range(len(self.rows))[start : start + OPEN_SHARDS // 2])
+
     def keys(self) -> list[str]:
         """The keys of all usable samples, in order of their ids."""
         out: list[str] = []
-        for shard in range(len(self.rows)):
-            opened = self._open(shard)
+        for opened in self._each():
             keys = opened.index.keys()
             out += keys if opened.ok is None else [keys[i] for i in opened.ok]
         return out
@@ -279,8 +289,7 @@ class ShardSet:
         """The id of the sample with this key; KeyError if there is none, or several, as in foreign tars."""
         if self._by_hash is None:
             parts: list[NDArray[np.uint64]] = []
-            for shard in range(len(self.rows)):
-                opened = self._open(shard)
+            for opened in self._each():
                 hashes = opened.index.records["key_hash"]
                 parts.append(np.array(hashes if opened.ok is None else hashes[opened.ok]))
             every = np.concatenate(parts)
@@ -362,8 +371,8 @@ def open_shards(
     else:
         path = resolve_data_path(folder)
         store, rows = LocalStore(path), read_manifest(path)
-        for row in rows if check_files else ():
-            _check_files(path, row)
+        if check_files:
+            check_files_of(path, rows)
     if not sum(row.num_ok for row in rows):
         raise UserError(f"{store.folder} holds no usable sample; see `diptych data verify {store.folder}`")
     return ShardSet(store, rows)
@@ -373,20 +382,3 @@ def _remote_manifest(folder: RemoteFolder) -> list[ShardRow]:
     file = folder / MANIFEST
     mend = "index the set with `diptych data index` and upload its manifest and indexes"
     return parse_manifest(file.read().decode("utf-8", "replace"), str(file), mend)
-
-
-def _check_files(folder: Path, row: ShardRow) -> None:
-    tar = folder / row.shard
-    try:
-        size = tar.stat().st_size
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}/manifest.jsonl names {row.shard}, which is missing; copy it again"
-        ) from error
-    if size != row.bytes:
-        raise UserError(
-            f"{tar} has {size} bytes, the manifest says {row.bytes}; copy it again "
-            f"or index the folder again with `diptych data index {folder} --overwrite`"
-        )
-    if not idx_path(tar).is_file():
-        raise UserError(f"{idx_path(tar)} is missing; write it: `diptych data index {folder} --overwrite`")

@@ -17,10 +17,41 @@ from .cache import HOT_S, TOUCH_S, FileCache
 from .index import HEADER, OK, RECORD, Index, ShardRow, idx_path, map_index, view_index
 from .remote import RemoteFile, RemoteFolder, read_ranges
 
-__all__ = ["CachedStore", "LocalStore", "OpenedShard", "RangeStore", "ShardStore", "cached_name"]
+__all__ = [
+    "CachedStore",
+    "LocalStore",
+    "OpenedShard",
+    "RangeStore",
+    "ShardStore",
+    "cached_name",
+    "check_files_of",
+]
 
 PREFETCH_THREADS = 3  # of one set in one process
 MAX_KEY_BYTES = 1024  # keys of a shard have no more on average; a server may send anything
+
+
+def check_files_of(folder: Path, rows: Iterable[ShardRow]) -> None:
+    """Whether a local folder has the tars and indexes of its manifest; UserError with the mend if not."""
+    for row in rows:
+        _check_files(folder, row)
+
+
+def _check_files(folder: Path, row: ShardRow) -> None:
+    tar = folder / row.shard
+    try:
+        size = tar.stat().st_size
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}/manifest.jsonl names {row.shard}, which is missing; copy it again"
+        ) from error
+    if size != row.bytes:
+        raise UserError(
+            f"{tar} has {size} bytes, the manifest says {row.bytes}; copy it again "
+            f"or index the folder again with `diptych data index {folder} --overwrite`"
+        )
+    if not idx_path(tar).is_file():
+        raise UserError(f"{idx_path(tar)} is missing; write it: `diptych data index {folder} --overwrite`")
 
 
 class OpenedShard:

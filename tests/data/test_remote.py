@@ -83,6 +83,17 @@ def test_a_cached_shard_is_fetched_once_and_an_index_needs_no_tar(proxy: Proxy) 
     assert (len(proxy.gets("idx")), len(proxy.gets("tar"))) == (6, 6)
 
 
+def test_indexes_are_fetched_together_and_given_in_their_order(proxy: Proxy, folder: Path) -> None:
+    proxy.pause = 0.2
+    for cache_gb in (1.0, 0.0):
+        shards = open_shards(URL, cache_gb=cache_gb)
+        start = time.monotonic()
+        got = [index.keys() for index in shards.indexes()]
+        assert time.monotonic() - start < 6 * 0.2
+        assert got == [index.keys() for index in open_shards(folder).indexes()]
+    assert not proxy.gets("tar")
+
+
 def test_range_reads_leave_nothing_on_disk_and_ask_for_samples_alone(
     proxy: Proxy, tmp_path: Path, folder: Path
 ) -> None:
