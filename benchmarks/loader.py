@@ -12,7 +12,6 @@ pandas, which pip puts into a folder of their own.
 """
 
 import argparse
-import datetime
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.random import Generator, Philox
 from PIL import Image
+from rows import append_row, machine
 from sklearn.datasets import load_sample_images
 
 from diptych.configs.files import cache_dir
@@ -167,30 +168,26 @@ def ratio(mine: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
-def machine() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':', 1)[1].strip() if names else 'unknown'}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images and rounds, in a minute")
     parser.add_argument(
         "--peer-packages", type=Path, default=cache_dir() / "peers" / "open_clip-3.3", help="DIR"
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "loader.jsonl", help="FILE")
+    parser.add_argument("--results", type=Path, help="FILE, by default benchmarks/results/loader.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     packages = peer_packages(options.peer_packages)
-    kinds: dict[str, Path | None] = {"fast": None, "plain": None, "webdataset": None}
+    kinds: dict[str, Path | None] = {"plain": None, "webdataset": None}
+    if find_spec("simplejpeg") is None:
+        print("no simplejpeg (pip install 'diptych[fast]'): [fast] is left out, and no row is written")
+    else:
+        kinds = {"fast": None, **kinds}
     if packages is not None:
         kinds["open_clip"] = packages
     count, reads, rounds = (64, 1024, 3) if options.quick else (128, 4096, 9)
     folders: dict[str, Path] = {}
     row: dict[str, Any] = {
-        "benchmark": "loader",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
         "image_size": IMAGE_SIZE,
         "images": count,
         "rounds": rounds,
@@ -210,13 +207,11 @@ def main() -> None:
                 write_shards(folders["read"], photos, reads)
         measured = measure(kinds, folders, rounds)
     report(row, measured["rates"])
-    if packages is None:
+    if len(kinds) < len(KINDS):
         return
     row["versions"] = versions() | {f"{k}: {n}": v for k in KINDS for n, v in measured["versions"][k].items()}
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        print(json.dumps(row), file=file)
-    print(f"\nappended to {options.results}")
+    print()
+    append_row("loader", row, options.results)
 
 
 def report(row: dict[str, Any], rates: dict[str, dict[str, list[float]]]) -> None:
@@ -226,7 +221,7 @@ def report(row: dict[str, Any], rates: dict[str, dict[str, list[float]]]) -> Non
         size: {kind: round(statistics.median(rates[size][kind]), 1) for kind in kinds} for size in SIDES
     }
     row["reads_per_second"] = {kind: round(statistics.median(rates["read"][kind])) for kind in kinds}
-    print(f"images per second of one core ({row['machine']}), {IMAGE_SIZE} x {IMAGE_SIZE} float32 tensors\n")
+    print(f"images per second of one core ({machine()}), {IMAGE_SIZE} x {IMAGE_SIZE} float32 tensors\n")
     print("JPEG sides   KiB  " + "".join(f"{kind:>12}" for kind in kinds) + "   PSNR to Pillow")
     for size, (width, height) in SIDES.items():
         cells = "".join(f"{row['images_per_second'][size][kind]:12.0f}" for kind in kinds)
@@ -234,14 +229,15 @@ def report(row: dict[str, Any], rates: dict[str, dict[str, list[float]]]) -> Non
         print(f"{width:4} x {height:<4} {kib:5.0f}  {cells}{row['psnr'][size]:11.1f} dB")
     print("tar reading alone " + "".join(f"{row['reads_per_second'][kind]:12.0f}" for kind in kinds))
     print()
-    for mine in ("fast", "plain"):
-        for peer in [kind for kind in kinds if kind not in ("fast", "plain")]:
+    ours = [kind for kind in kinds if kind in ("fast", "plain")]
+    for mine in ours:
+        for peer in [kind for kind in kinds if kind not in ours]:
             name = f"speedup_{mine}" if peer == "open_clip" else f"speedup_{mine}_{peer}"
             row[name] = {size: round(ratio(rates[size][mine], rates[size][peer]), 2) for size in SIDES}
             for size in SIDES:
                 target = TARGETS[name][size] if name in TARGETS else None
                 judge(f"{mine} / {peer} at {size} pixels", row[name][size], target)
-    row["speedup_read"] = round(ratio(rates["read"]["fast"], rates["read"]["webdataset"]), 1)
+    row["speedup_read"] = round(ratio(rates["read"][ours[0]], rates["read"]["webdataset"]), 1)
     judge("tar reading / webdataset", row["speedup_read"], READ_TARGET)
 
 
