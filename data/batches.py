@@ -175,9 +175,10 @@ class BatchMaker(Dataset[Any]):
             assert isinstance(row.raw, RawSample)
             made.image[number] = finish(crop[0], recipe.image_size, recipe.augment, crop[1]).numpy()
             rng = self._random.at(row.epoch, row.sample_id, _CAPTION, row.source)
-            text = choose_text(recipe.captions, row.raw.caption, row.raw.meta, rng)
+            config = self.sources[row.source].captions if self.sources else recipe.captions
+            text = choose_text(config, row.raw.caption, row.raw.meta, rng)
             made.texts.append(text)
-            made.captions.append(word(recipe.captions, text, rng))
+            made.captions.append(word(config, text, rng))
             made.draws.append(rng.random() if recipe.captions.truncate == "random" else 0.0)
 
     def _crop(self, row: _Row) -> tuple[Bytes, list[float]] | DamagedSample:

@@ -24,6 +24,8 @@ class SourceConfig(FilterConfig):
     weight: float | None = Field(default=None, gt=0)
     """Its share of the samples relative to the other sources' weights; give all sources one or none. Null
     takes each in proportion to its samples."""
+    captions: CaptionConfig | None = None
+    """Which of its texts are taken, null for ``data.captions``, whose ``truncate`` holds for all."""
 
     @property
     def label(self) -> str:
@@ -75,6 +77,9 @@ class DataConfig(StrictModel):
         labels = [source.label for source in self.sources]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"train: two sources are called {twice[0]}; give them a name each")
+        own = [source.captions for source in self.sources if source.captions is not None]
+        if any(captions.truncate not in ("end", self.captions.truncate) for captions in own):
+            raise ValueError("train: truncate is one for all sources; set data.captions.truncate")
         return self
 
     @property

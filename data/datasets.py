@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
+from .captions import CaptionConfig
 from .config import DataConfig
 from .filters import Selection, select
 from .mixture import Mixture
@@ -31,6 +32,7 @@ class Source:
     shards: ShardSet
     selection: Selection | None
     weight: float | None
+    captions: CaptionConfig
 
     @property
     def shard_sizes(self) -> Ints:
@@ -48,7 +50,8 @@ def open_sources(config: DataConfig, *, check_files: bool = True) -> list[Source
     for source in config.sources:
         shards = open_shards(source.data, check_files=check_files, **config.storage)
         selection = select(shards, source)
-        sources.append(Source(source.label, shards, selection, source.weight))
+        captions = source.captions or config.captions
+        sources.append(Source(source.label, shards, selection, source.weight, captions))
     return sources
 
 

@@ -15,19 +15,22 @@ from numpy.random import Generator, Philox
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config, to_yaml
 from diptych.data.augment import train_image
-from diptych.data.captions import choose_caption
+from diptych.data.captions import CaptionConfig, choose_caption
 from diptych.data.config import DataConfig, SourceConfig
 from diptych.data.decode import decode_image
 from diptych.data.mixture import Mixture
 from diptych.data.shards import open_shards
+from diptych.data.text import caption_hash
 from diptych.data.trace import trace_lines
 
 from .stream_corpus import (
     AUGMENT,
     CAPTIONS,
     SIZE,
+    TOKENIZER,
     Batch,
     all_same,
+    caption_texts,
     change_bytes,
     global_batches,
     ranks_of,
@@ -224,6 +227,24 @@ def test_caption_choice_is_keyed_by_the_source(sets: list[dict[str, Any]]) -> No
     assert len(drawn) > 3
 
 
+def test_a_source_may_have_captions_of_its_own(sets: list[dict[str, Any]]) -> None:
+    named = CaptionConfig(txt=0.0, names=1.0, templates=("an icon of {}",))
+    own = [sets[0], {**sets[2], "captions": named}]
+    stream = stream_of(own, batch=B, captions=CaptionConfig())
+    for batch in global_batches([stream], 3):
+        for source, sample_id, tokens, digest in zip(
+            batch["source"].tolist(),
+            batch["sample_id"].tolist(),
+            caption_texts(batch),
+            batch["caption_hash"].tolist(),
+            strict=True,
+        ):
+            texts = [f"name {sample_id}", f"alias {sample_id}"] if source else [f"picture number {sample_id}"]
+            worded = [f"an icon of {text}" if source else text for text in texts]
+            which = [TOKENIZER.pack([one])[0].tolist() for one in worded].index(tokens)
+            assert digest == caption_hash(texts[which])  # the template is no part of what it means
+
+
 @pytest.mark.parametrize(
     ("train", "words"),
     [
@@ -232,6 +253,7 @@ def test_caption_choice_is_keyed_by_the_source(sets: list[dict[str, Any]]) -> No
         ([{"data": "x/a"}, {"data": "y/a"}], "two sources are called a"),
         ([{"data": "a", "wieght": 1}], "yaml: train.0.wieght: unknown key; did you mean 'weight'.$"),
         ([{"data": "a", "weight": 0.0}], "weight"),
+        ([{"data": "a", "captions": {"truncate": "random"}}], "truncate is one for all sources"),
     ],
 )
 def test_mistakes_in_the_list_are_told_in_a_sentence(tmp_path: Path, train: Any, words: str) -> None:
