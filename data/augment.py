@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..configs.load import StrictModel
 
-__all__ = ["AugmentConfig", "Box", "crop_box", "cut", "draw", "finish", "least_side", "train_image"]
+__all__ = ["AugmentConfig", "Box", "crop_box", "cut", "draw", "finish", "train_image"]
 
 Bytes = NDArray[np.uint8]
 
@@ -121,13 +121,6 @@ def finish(pixels: Bytes, image_size: int, augment: AugmentConfig, draws: list[f
         strength = augment.color_jitter if jittered else (0.0, 0.0, 0.0, 0.0)
         planes = _recolour(planes, *_colour_map(planes, strength, greyed, draws[_JITTER]))
     return torch.from_numpy(planes)
-
-
-def least_side(image_size: int, augment: AugmentConfig) -> int:
-    """The shorter side of an image whose every crop is at least ``image_size`` wide and high: what
-    ``decode_image`` may reduce it to."""
-    narrowest = min(augment.ratio[0], 1 / augment.ratio[1], 1.0)
-    return math.ceil(image_size / math.sqrt(augment.scale[0] * narrowest))
 
 
 def crop_box(height: int, width: int, augment: AugmentConfig, draws: list[float]) -> Box:
