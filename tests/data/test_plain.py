@@ -270,12 +270,13 @@ def test_what_is_plain(tmp_path: Path) -> None:
         assert not is_plain(str(train))
 
 
-def test_lists_in_braces() -> None:
+def test_lists_in_braces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_tars, "MOST_TARS", 1000)
     assert expand("x-{08..11}.tar") == ["x-08.tar", "x-09.tar", "x-10.tar", "x-11.tar"]
     assert expand("{a,b}/{0..1}.tar::c.tar") == ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar", "c.tar"]
     assert expand("s3://b/{000..002}.tar") == [f"s3://b/{n:03d}.tar" for n in range(3)]
     assert expand("{x}.tar") == ["{x}.tar"]
-    with pytest.raises(UserError, match="names more than 1,000,000 tars"):
+    with pytest.raises(UserError, match="names more than 1,000 tars"):
         expand("{0..9999999999}.tar")
 
 
@@ -340,7 +341,7 @@ def test_tars_in_a_bucket_give_the_batches_of_the_folder(
 ) -> None:
     proxy = Proxy(port)
     s3_environment(monkeypatch, proxy.url)
-    hurry(monkeypatch)
+    hurry(monkeypatch, silence=0.5)
     try:
         write_tars(tmp_path / "set", [15, 15, 15])
         upload(tmp_path / "set", port, "plain")
@@ -357,7 +358,7 @@ def test_tars_in_a_bucket_give_the_batches_of_the_folder(
         assert (tmp_path / "cache" / "shards").exists() == (cache_gb > 0)
         assert not [fault for fault in proxy.faults if fault.times and fault.kind != "500"]
         proxy.dead = True
-        with pytest.raises(UserError, match=rf"{base}/plain/9\.tar cannot be read after 5 tries"):
+        with pytest.raises(UserError, match=rf"{base}/plain/9\.tar cannot be read after 3 tries"):
             take(stream_of(f"{base}/plain/9.tar", cache_gb=cache_gb), 1)
     finally:
         proxy.close()
