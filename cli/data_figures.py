@@ -10,6 +10,7 @@ def print_figures(figures: dict[str, Any]) -> None:
     """Statistics as short tables."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console() if sys.stdout.isatty() else Console(width=110)
 
@@ -48,6 +49,11 @@ def print_figures(figures: dict[str, Any]) -> None:
     for name, key in (("copied images", "copied_images"), ("repeated captions", "repeated_captions")):
         got = figures[key]
         console.print(f"{name}: {got['count']} ({100 * got['rate']:.2f} %)", markup=False)
+    if figures["commonest_captions"]:
+        shown = table("Commonest captions", "caption", "times")
+        for text, times in figures["commonest_captions"].items():
+            shown.add_row(Text(" ".join(text.split())), str(times))
+        console.print("", shown)
     if figures["json"]:
         shown = table("Fields of the JSON", "field", "in", "distinct")
         shown.add_column("commonest", overflow="ellipsis", no_wrap=True)

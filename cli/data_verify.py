@@ -11,7 +11,8 @@ VERIFY = """example:
   diptych data verify my-shards --against my-eval --write-filter drop.parquet
 
 Exit code 0: all is well; 1: something is wrong, and named. With --against, what is named are the samples
-whose image or caption also stands in an evaluation set; data.drop=drop.parquet trains without them."""
+whose image or caption also stands in an evaluation set; a training leaves them out with
+'data.train=[{data: my-shards, drop: drop.parquet}]'."""
 
 MATCHES, MAX_DISTANCE = ("image", "similar-image", "caption"), 6  # those of data.overlap, which loads numpy
 
@@ -48,7 +49,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"bits of 64 by which a similar image's hash may differ, 0 to 16 (default: {MAX_DISTANCE})",
     )
     parser.add_argument(
-        "--write-filter", metavar="PARQUET", help="write what --against finds as a filter for data.drop"
+        "--write-filter", metavar="PARQUET", help="write what --against finds as a filter, a source's `drop`"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     engine_arguments(parser)
@@ -108,5 +109,6 @@ def _overlap(args: argparse.Namespace) -> int:
     state = f"{report.matched} also stand there ({counts(report.reasons)})" if every else "none stands there"
     print(f"compared {report.samples} samples of {args.folder} with {', '.join(args.against)}: {state}")
     if args.write_filter is not None:
-        print(f"wrote {args.write_filter}; train without them with data.drop={args.write_filter}")
+        sources = f"data.train=[{{data: {args.folder}, drop: {args.write_filter}}}]"
+        print(f"wrote {args.write_filter}; train without them with '{sources}'")
     return 1 if report.matched else 0

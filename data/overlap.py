@@ -1,6 +1,6 @@
 """Which training samples also stand in an evaluation set: the same picture, nearly the same, or the caption.
 
-What is found can be written as the filter that takes them out of the training (``data.drop``).
+What is found can be written as the filter that takes them out of the training (a source's ``drop``).
 """
 
 import functools

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .engine import Progress, quiet
 from .image_header import FORMATS
 from .index import OK
+from .repeats import HashColumn
 from .shards import DamagedSample, ShardSet, open_shards
 
 __all__ = ["shard_stats"]
@@ -26,14 +27,29 @@ def shard_stats(folder: str | Path, *, progress: Progress = quiet) -> dict[str, 
     """Figures of a folder of shards, as plain data.
 
     Sizes, caption lengths in characters, and copies of images (equal bytes) are counted over all samples,
-    from the index; captions said twice, lengths in words, and the JSON's fields over at most 20,000 evenly
-    spaced ones. Raises UserError as ``open_shards`` does.
+    from the index; captions said several times, lengths in words, and the JSON's fields over at most 20,000
+    evenly spaced ones. Raises UserError as ``open_shards`` does.
     """
     shards = open_shards(folder)
-    parts = [shards.records(shard) for shard in range(len(shards.rows))]
-    records = np.concatenate([part[(part["flags"] & OK) > 0] for part in parts])
-    formats = np.bincount(records["format"], minlength=len(FORMATS))
-    side = np.minimum(records["width"], records["height"])
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in ("side", "aspect", "bytes", "text")}
+    formats = np.zeros(len(FORMATS), dtype=np.int64)
+    with HashColumn() as images, HashColumn() as keys:
+        with progress("reading indexes", len(shards.rows)) as advance:
+            for shard in range(len(shards.rows)):
+                records = shards.records(shard)
+                records = records[(records["flags"] & OK) > 0]
+                formats += np.bincount(records["format"], minlength=len(FORMATS))
+                parts["side"].append(np.minimum(records["width"], records["height"]))
+                parts["aspect"].append(
+                    (records["width"] / np.maximum(records["height"], 1)).astype(np.float32)
+                )
+                parts["bytes"].append(np.array(records["image_size"]))
+                parts["text"].append(np.array(records["text_len"]))
+                images.append(records["image_xxh3"])
+                keys.append(records["key_hash"])
+                advance(1)
+        copied, repeated = _copies(images), _copies(keys)
+    columns = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
     out: dict[str, Any] = {
         "folder": str(shards.folder),
         "fingerprint": shards.fingerprint,
@@ -42,12 +58,12 @@ def shard_stats(folder: str | Path, *, progress: Progress = quiet) -> dict[str, 
         "left_out": sum(row.num_bad for row in shards.rows),
         "bytes": sum(row.bytes for row in shards.rows),
         "formats": {name: int(n) for name, n in zip(FORMATS, formats, strict=True) if n},
-        "shorter_side": _distribution(side, SIZE_EDGES),
-        "aspect_ratio": _quantiles(records["width"] / np.maximum(records["height"], 1)),
-        "image_bytes": _quantiles(records["image_size"]),
-        "caption_characters": _distribution(records["text_len"], LENGTH_EDGES),
-        "copied_images": _copies(records["image_xxh3"]),
-        "repeated_keys": _copies(records["key_hash"]),
+        "shorter_side": _distribution(columns["side"], SIZE_EDGES),
+        "aspect_ratio": _quantiles(columns["aspect"]),
+        "image_bytes": _quantiles(columns["bytes"]),
+        "caption_characters": _distribution(columns["text"], LENGTH_EDGES),
+        "copied_images": copied,
+        "repeated_keys": repeated,
     }
     return out | _texts(shards, progress)
 
@@ -66,10 +82,10 @@ def _distribution(values: NDArray[Any], edges: tuple[int, ...]) -> dict[str, Any
     return {"mean": round(float(np.mean(values)), 2), **_quantiles(values), "histogram": histogram}
 
 
-def _copies(values: NDArray[Any]) -> dict[str, float]:
+def _copies(hashes: HashColumn) -> dict[str, float]:
     """How many of the values were there before, and as a rate."""
-    again = len(values) - len(np.unique(values))
-    return {"count": again, "rate": round(again / len(values), 6)}
+    again = sum(len(places) - 1 for places in hashes.repeats())
+    return {"count": again, "rate": round(again / len(hashes), 6)}
 
 
 def _texts(shards: ShardSet, progress: Progress) -> dict[str, Any]:
@@ -98,6 +114,7 @@ def _texts(shards: ShardSet, progress: Progress) -> dict[str, Any]:
         "damaged": damaged,
         "caption_words": _quantiles(np.array(words or [0])),
         "repeated_captions": {"count": n - len(captions), "rate": round((n - len(captions)) / max(n, 1), 6)},
+        "commonest_captions": {text[:60]: times for text, times in captions.most_common(5) if times > 1},
         "json": {name: _field(count, n, values.get(name)) for name, count in fields.most_common(50)},
     }
 

@@ -136,7 +136,9 @@ def test_verify_against_an_evaluation_set_writes_the_filter(
     code, printed, said = run(capsys, *words, "--write-filter", str(tmp_path / "drop.parquet"))
     assert code == 1
     assert "2 also stand there (caption 1, image 1)" in printed
-    assert f"train without them with data.drop={tmp_path}/drop.parquet" in printed
+    assert (
+        f"train without them with 'data.train=[{{data: {train}, drop: {tmp_path}/drop.parquet}}]'" in printed
+    )
     assert (
         f"00000.tar: sample 'key-0001': caption: its caption is that of sample 'x' of {tmp_path}/other"
         in said
@@ -203,16 +205,23 @@ def test_index_takes_captions_from_the_json(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_stats_prints_tables_json_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(write(tmp_path / "s[1]", samples(9)))  # square brackets are no markup
+    content = samples(9)
+    content += [
+        ("again", content[0][1], "png", "a [bold] caption", {}),
+        ("more", *content[1][1:3], "a [bold] caption", {}),
+    ]
+    folder = str(write(tmp_path / "s[1]", content))  # square brackets are no markup
     sheet = tmp_path / "sheet.png"
     code, printed, _ = run(capsys, "stats", folder, "--sheet", str(sheet))
     assert code == 0
-    assert f"{folder}: 9 samples in 3 shards" in printed
+    assert f"{folder}: 11 samples in 3 shards" in printed
+    assert "copied images: 2 (18.18 %)" in printed
+    assert "a [bold] caption      2" in printed
     assert "shorter side, pixels" in printed
     assert f"wrote {sheet}" in printed
     assert sheet.read_bytes().startswith(b"\x89PNG")
     code, printed, said = run(capsys, "stats", folder, "--json", "--sheet", str(sheet))
-    assert (code, json.loads(printed)["samples"]) == (0, 9)
+    assert (code, json.loads(printed)["samples"]) == (0, 11)
     assert "wrote" in said
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diptych.configs.errors import UserError
+from diptych.data.filters import FilterConfig, select
 from diptych.data.overlap import OverlapReport, find_overlap
 from diptych.data.phash import CROPS, distances, perceptual_hashes
 from diptych.data.shards import open_shards
@@ -87,6 +88,16 @@ def test_planted_copies_are_found_and_nothing_else(sets: tuple[Path, Path], tmp_
     shards = open_shards(train)
     for row in table.to_pylist():
         assert shards.read(shards.find(row["key"])).shard == row["shard"]
+
+
+def test_the_filter_is_one_that_training_reads(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = sets
+    find_overlap(train, [test], write_filter=tmp_path / "drop.parquet")
+    shards = open_shards(train)
+    selection = select(shards, FilterConfig(drop=str(tmp_path / "drop.parquet")))
+    assert selection is not None
+    kept = selection.sample_ids(np.arange(int(selection.shard_sizes.sum())))
+    assert {shards.key_of(int(i)) for i in kept} == set(shards.keys()) - set(PLANTED)
 
 
 def test_processes_give_the_same_findings(sets: tuple[Path, Path]) -> None:

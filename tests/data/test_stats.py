@@ -47,6 +47,7 @@ def test_figures_are_those_of_the_samples(tmp_path: Path) -> None:
     assert (got["caption_words"]["p0"], got["caption_words"]["p100"]) == (1, 5)
     assert got["copied_images"] == {"count": 1, "rate": pytest.approx(1 / 6, abs=1e-6)}
     assert got["repeated_captions"]["count"] == 1
+    assert got["commonest_captions"] == {"word": 2}
     assert got["repeated_keys"]["count"] == 0
     assert got["json"]["a"] == {"in": 1.0, "distinct": 2, "commonest": {"x": 5, "y": 1}}
     assert got["json"]["deep"] == {
