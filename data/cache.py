@@ -76,7 +76,9 @@ class FileCache:
             return handle
         with self._locked(name):
             if (handle := self._open(name, expected)) is None:  # nobody else brought it
-                self._note_return(name)
+                if name in self._brought:
+                    self._warn()
+                self._brought.add(name)
                 handle = self._bring(name, size, bring, ahead=False)
         assert handle is not None
         return handle
@@ -177,6 +179,8 @@ class FileCache:
                 if locked:
                     self.remove(file.name)
                     excess -= file.bytes
+                    if file.used and now - file.time < HOT_S:
+                        self._warn()
         return excess <= 0 or not ahead
 
     def _list(self, own: str) -> tuple[list[_Kept], int]:
@@ -203,15 +207,15 @@ class FileCache:
                         pending += max(int(found["size"]), stat.st_blocks * 512)
         return kept, pending
 
-    def _note_return(self, name: str) -> None:
-        if name in self._brought and not self._warned:
+    def _warn(self) -> None:
+        if not self._warned:
             self._warned = True
             log.warning(
-                "%s was evicted and is needed again: data.cache_gb: %.3g is less than what is read at a time",
-                self.folder / name,
+                "data.cache_gb: %.3g is less than what is read at a time: files in use are evicted from %s, "
+                "stay on the disk while they are open and are then fetched again; raise it, or set 0",
                 self.max_bytes / 1e9,
+                self.folder,
             )
-        self._brought.add(name)
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Generator[bool]:

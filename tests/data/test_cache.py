@@ -150,10 +150,21 @@ def test_a_file_larger_than_the_cache_is_read_all_the_same(tmp_path: Path) -> No
 
 
 def test_a_cache_that_is_too_small_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message = "data.cache_gb: 2.05e-05 is less than what is read at a time"
     cache = FileCache(tmp_path, SIZE)
-    for name in "abababab":
+    for name in "abc":
         use(cache, name)
-    assert caplog.text.count("is needed again: data.cache_gb: 2.05e-05 is less") == 1
+        assert message not in caplog.text
+        age(cache, name, 100)
+    for name in "abcabc":  # what was evicted is needed again
+        use(cache, name)
+        age(cache, name, 100)
+    assert caplog.text.count(message) == 1
+    caplog.clear()
+    other = FileCache(tmp_path, SIZE)
+    for name in "def":  # what is in use is evicted
+        use(other, name)
+    assert caplog.text.count(message) == 1
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
