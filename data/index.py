@@ -8,10 +8,11 @@ the flag ``OK`` and with a reason.
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ __all__ = [
     "ROTATED",
     "SIZES",
     "Index",
+    "Record",
     "ShardRow",
     "fingerprint",
     "idx_path",
@@ -87,6 +89,31 @@ RECORD = np.dtype(
         ("reason", "u1"),  # REASONS
     ]
 )
+_RECORD = struct.Struct("<6Q6I3H2B")  # the same, for one record at a time: ten times as fast as numpy
+
+
+class Record(NamedTuple):
+    """One record as plain numbers; the fields are RECORD's."""
+
+    image_offset: int
+    caption_offset: int
+    json_offset: int
+    image_xxh3: int
+    text_xxh3: int
+    key_hash: int
+    image_size: int
+    caption_size: int
+    json_size: int
+    width: int
+    height: int
+    key_offset: int
+    text_len: int
+    key_size: int
+    flags: int
+    format: int
+    reason: int
+
+
 OK, CAPTION_IN_JSON, ROTATED = 1, 2, 4
 """Flags: the sample can be used; its caption is a key of its JSON; EXIF asks to turn the picture."""
 REASONS = ("", "missing", "caption", "json", "decode", "size", "truncated", "duplicate")
@@ -106,7 +133,7 @@ def text_hash(caption: bytes, meta: bytes) -> int:
 def load_json(data: bytes) -> dict[str, Any]:
     """A sample's JSON; ValueError if it is no object."""
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode("utf-8"))  # json would guess the encoding, at length
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
@@ -161,10 +188,14 @@ class Index:
             sound &= (size <= most) & (offset <= end) & (size <= end - np.minimum(offset, end))
         return bool(sound.all())
 
+    def record(self, number: int) -> Record:
+        """Record ``number`` as plain numbers; it must be one that there is."""
+        return Record._make(_RECORD.unpack_from(self.raw.data, HEADER.itemsize + number * RECORD.itemsize))
+
     def key(self, record: int) -> str:
         """The key of record number ``record``."""
-        row = self.records[record]
-        return self.key_at(int(row["key_offset"]), int(row["key_size"]))
+        row = self.record(record)
+        return self.key_at(row.key_offset, row.key_size)
 
     def key_at(self, offset: int, size: int) -> str:
         """The key in these bytes of the key block."""
