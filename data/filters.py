@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -64,7 +65,8 @@ class Selection:
         self._path, self._sizes = path, sizes
         self._bits: NDArray[np.uint8] = np.load(path, mmap_mode="r")
         starts = np.cumsum([0, *(-(-sizes // 8))])
-        assert len(self._bits) == starts[-1], "a filter of other shards"
+        if self._bits.dtype != np.uint8 or self._bits.shape != (starts[-1],):
+            raise ValueError(f"{path} is no filter of these shards")
         self._starts, self._base = starts, np.cumsum(sizes) - sizes
         self.shard_sizes: Ints = np.add.reduceat(
             np.append(np.bitwise_count(self._bits).astype(np.int64), 0), starts[:-1]
@@ -107,18 +109,43 @@ def select(shards: ShardSet, config: FilterConfig) -> Selection | None:
     files = [_digest(path) for path in (config.keep, config.drop)]
     text = json.dumps([1, shards.fingerprint, config.where, *files])
     path = cache_dir() / "filters" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node works it out
-        if not path.exists():
+    with _alone(path):
+        if (selection := _open(path, shards)) is None:
             bits = [np.packbits(chosen) for chosen in _choose(shards, config, tree)]
             with temporary_beside(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.concatenate(bits), allow_pickle=False)
-    selection = Selection(path, shards.shard_sizes)
+            selection = Selection(path, shards.shard_sizes)
     if not selection.shard_sizes.sum():
-        given = ", ".join(f"{name}: {value}" for name, value in config.model_dump().items() if value)
+        given = ", ".join(f"{n}: {v}" for n in ("where", "keep", "drop") if (v := getattr(config, n)))
         raise UserError(f"data.train: of {len(shards)} samples of {shards.folder} none is left by {given}")
     return selection
+
+
+@contextmanager
+def _alone(path: Path) -> Generator[None]:
+    """One process of a node works a filter out, the others wait for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            with suppress(OSError):  # a file system without locks: several may do the same work
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"the filter cannot be kept in {path.parent} ({error.strerror}); set DIPTYCH_CACHE to a folder "
+            "that can be written"
+        ) from error
+
+
+def _open(path: Path, shards: ShardSet) -> Selection | None:
+    """What was worked out before; None if there is nothing, or not all of it."""
+    try:
+        return Selection(path, shards.shard_sizes)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError):
+        log.warning("%s is damaged; the filter is worked out again", path)
+        return None
 
 
 def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArray[np.bool_]]:

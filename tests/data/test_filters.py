@@ -1,7 +1,9 @@
 """Filters choose samples as a plain loop over all of them would, and never renumber any."""
 
 import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,40 @@ def test_a_pickled_array_is_not_opened(shards: ShardSet, tmp_path: Path) -> None
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read as a list"):
         select(shards, FilterConfig(keep=str(tmp_path / "evil.npy")))
+
+
+def test_a_damaged_file_of_the_cache_is_worked_out_again(shards: ShardSet, tmp_path: Path) -> None:
+    truth = chosen(shards, where="width > 12")
+    (file,) = (tmp_path / "cache" / "filters").glob("*.npy")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], b"x" + whole[1:]):
+        file.write_bytes(damaged)
+        assert chosen(shards, where="width > 12") == truth
+        assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_sentence(
+    shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set DIPTYCH_CACHE"):
+        select(shards, FilterConfig(where="width > 12"))
+
+
+def test_unusable_samples_of_a_shard_are_never_chosen(shards: ShardSet, tmp_path: Path) -> None:
+    """Samples that indexing left out stand between the others in the index and have no number."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for i in range(12):
+            members = {"png": stored(photo(10 + i, 12, seed=i), "PNG"), "txt": b"" if i % 4 == 1 else b"word"}
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{i:02d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    index_folder(folder)
+    partly = open_shards(folder)
+    assert len(partly) == 9
+    ids = chosen(partly, where="width >= 14")
+    assert [partly.key_of(i) for i in ids] == ["04", "06", "07", "08", "10", "11"]
