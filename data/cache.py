@@ -163,15 +163,14 @@ class FileCache:
         kept, pending = self._list(name)
         excess = pending + sum(file.bytes for file in kept) + size - self.max_bytes
         now = time.time()
+        kept.sort(key=lambda file: file.time)
         cold = [file for file in kept if now - file.time > (HOT_S if file.used else WANTED_S)]
         waiting = [file for file in kept if not file.used and file not in cold]
         hot = [file for file in kept if file.used and file not in cold]
         if ahead and excess > sum(file.bytes for file in cold):
             return False
         # of those that wait for their first use, the last to come is needed last
-        order = sorted(cold, key=lambda f: f.time) + sorted(waiting, key=lambda f: -f.time)
-        order += sorted(hot, key=lambda f: f.time)
-        for file in cold if ahead else order:
+        for file in cold if ahead else cold + waiting[::-1] + hot:
             if excess <= 0:
                 break
             # who holds the lock is about to open it

@@ -222,8 +222,12 @@ def _reason(error: Exception) -> str:
 def _status(error: Exception) -> int | None:
     """The HTTP status that an error speaks of."""
     response: Any = getattr(error, "response", None)
-    status = getattr(error, "status", None) or getattr(response, "status_code", None)
-    return status if isinstance(status, int) else None
+    named = [
+        getattr(error, "status", None),
+        getattr(response, "status_code", None),
+        getattr(error, "code", None),
+    ]
+    return next((status for status in named if isinstance(status, int) and 100 <= status < 600), None)
 
 
 def _hopeless(error: Exception) -> str | None:

@@ -217,7 +217,8 @@ class ShardSet:
 
     def _fetch(self, shards: set[int]) -> None:
         """Have these shards at hand, several downloads at a time."""
-        missing = [shard for shard in sorted(shards) if shard not in self._opened]
+        opened = {shard: self._opened.get(shard) for shard in sorted(shards)}
+        missing = [shard for shard, one in opened.items() if one is None or not one.is_ready]
         if len(missing) < 2 or self._pid != os.getpid():
             return
         pool = ThreadPoolExecutor(min(OPENED_TOGETHER, len(missing)))

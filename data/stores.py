@@ -74,8 +74,13 @@ class OpenedShard:
         if getattr(self, "fd", -1) >= 0:
             os.close(self.fd)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the tar is at hand."""
+        return True
+
     def ready(self) -> None:
-        """Have the tar at hand, if it is to be fetched."""
+        """Have it at hand."""
 
     def is_left(self) -> bool:
         """Whether it has been evicted and was not read lately: closing it frees its bytes."""
@@ -216,6 +221,10 @@ class _CachedShard(OpenedShard):
         self._cache, self._tar = cache, tar
         self._lock = threading.Lock()
         self._touched = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.fd >= 0
 
     def ready(self) -> None:
         with self._lock:

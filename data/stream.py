@@ -160,6 +160,8 @@ class Stream(Iterator[Batch]):
         shutdown = getattr(batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
+        for source in self._sources:
+            source.shards.prefetch([])
 
     def __enter__(self) -> Self:
         return self

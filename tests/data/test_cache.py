@@ -141,6 +141,18 @@ def test_what_is_hinted_at_again_is_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == {"a", "c"}
 
 
+def test_room_for_what_is_brought_ahead_is_made_in_the_order_of_use(tmp_path: Path) -> None:
+    order = ["d", "a", "f", "c", "e", "b"]
+    cache = FileCache(tmp_path, len(order) * SIZE)
+    for seconds, name in enumerate(reversed(order), 100):
+        use(cache, name)
+        age(cache, name, seconds)
+    for number, evicted in enumerate(order):
+        assert cache.bring_ahead(f"new{number}", SIZE, writes())
+        assert evicted not in names(tmp_path)
+        assert set(order[number + 1 :]) < names(tmp_path)
+
+
 def test_a_file_larger_than_the_cache_is_read_all_the_same(tmp_path: Path) -> None:
     cache = FileCache(tmp_path, 100)
     assert not cache.bring_ahead("a", SIZE, writes())

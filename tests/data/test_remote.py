@@ -94,6 +94,16 @@ def test_indexes_are_fetched_together_and_given_in_their_order(proxy: Proxy, fol
     assert not proxy.gets("tar")
 
 
+def test_shards_known_by_their_index_alone_are_fetched_together(proxy: Proxy, folder: Path) -> None:
+    shards = open_shards(URL)
+    shards.keys()
+    proxy.pause = 0.4
+    start = time.monotonic()
+    assert shards.read_many(range(N)) == open_shards(folder).read_many(range(N))
+    assert time.monotonic() - start < 5 * 0.4
+    assert len(proxy.gets("tar")) == 6
+
+
 def test_range_reads_leave_nothing_on_disk_and_ask_for_samples_alone(
     proxy: Proxy, tmp_path: Path, folder: Path
 ) -> None:
