@@ -22,7 +22,7 @@ from xxhash import xxh3_64_hexdigest
 
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
-from .engine import Engine, Progress, quiet, run_tasks
+from .engine import Engine, Progress, here, quiet, run_tasks
 from .index import ShardRow, fingerprint, idx_path, make_row, map_index
 from .parts import END_BYTES, Made, Part, PartRow, Piece, Settings, make_part
 from .recode import Recode
@@ -117,9 +117,9 @@ def build_shards(
     """
     if samples_per_shard < 1:
         raise UserError("samples_per_shard must be at least 1")
-    out = Path(out).expanduser()
+    out, sources = here(out, engine), [here(source, engine) for source in sources]
     report = BuildReport(out, [str(source) for source in sources])
-    columns, root = columns or Columns(), None if root is None else Path(root).expanduser()
+    columns, root = columns or Columns(), None if root is None else here(root, engine)
 
     def parts() -> Iterator[Part]:
         opened = [open_source(source, columns, root, limits) for source in sources]

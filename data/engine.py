@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..configs.errors import UserError
 
-__all__ = ["Engine", "Progress", "quiet", "run_tasks"]
+__all__ = ["Engine", "Progress", "here", "quiet", "run_tasks"]
 
 Engine = Literal["local", "ray"]
 
@@ -31,6 +32,12 @@ R = TypeVar("R")
 def quiet(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
     """A progress that shows nothing."""
     return nullcontext(lambda done: None)
+
+
+def here(path: str | Path, engine: Engine) -> Path:
+    """``path`` as every worker finds it: Ray's have working directories of their own."""
+    path = Path(path).expanduser()
+    return path.absolute() if engine == "ray" else path
 
 
 def run_tasks(

@@ -14,7 +14,7 @@ from ..configs.files import atomic_write_text
 from .engine import Engine, Progress, quiet
 from .index import MAGIC, MANIFEST, ShardRow, idx_path, make_row, read_manifest, write_manifest
 from .scan import Finding
-from .scanning import USUAL, Limits, ScanLog, scan_shards, stamp, tar_names
+from .scanning import USUAL, Limits, ScanLog, local_folder, scan_shards, stamp, tar_names
 
 __all__ = ["IndexReport", "index_folder"]
 
@@ -58,7 +58,7 @@ def index_folder(
     UserError if there are no tars, a tar is gone or is not the one that was indexed (unless ``overwrite``),
     or no sample can be used.
     """
-    folder = Path(folder).expanduser()
+    folder = local_folder(folder, engine)
     names = tar_names(folder)
     _check_before(folder, names, overwrite)
     old = _Old(folder) if not overwrite and (folder / MANIFEST).exists() else None

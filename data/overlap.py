@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
-from ..configs.files import temporary_beside
+from ..configs.files import resolve_data_path, temporary_beside
 from .canonical import caption_hash
-from .engine import Engine, Progress, quiet, run_tasks
+from .engine import Engine, Progress, here, quiet, run_tasks
 from .image_header import MAX_PIXELS
 from .index import OK
 from .scan import Finding
@@ -96,6 +96,8 @@ def find_overlap(
         raise UserError(f"--match: '{unknown[0]}' must be some of {', '.join(MATCHES)}")
     if not against or not match:
         raise UserError("--against and --match need at least one value")
+    if engine == "ray":
+        folder, *against = (_everywhere(path) for path in (folder, *against))
     train, sets = open_shards(folder), [open_shards(path) for path in against]
     for path, other in zip(against, sets, strict=True):
         if other.fingerprint == train.fingerprint:
@@ -132,6 +134,11 @@ def find_overlap(
                 write.add(findings)
             advance(1)
     return report
+
+
+def _everywhere(path: str | Path) -> str:
+    """A place as every worker finds it."""
+    return str(path) if "://" in str(path) else str(here(resolve_data_path(path), "ray"))
 
 
 def _shards(shards: ShardSet) -> list[int]:

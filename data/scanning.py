@@ -13,12 +13,13 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from ..configs.errors import UserError
-from .engine import Engine, Progress, quiet, run_tasks
+from ..configs.files import resolve_data_path
+from .engine import Engine, Progress, here, quiet, run_tasks
 from .image_header import MAX_IMAGE_BYTES, MAX_PIXELS
 from .index import index_bytes, map_index
 from .scan import Check, Finding, ShardScan, scan_shard
 
-__all__ = ["USUAL", "Limits", "ScanLog", "scan_shards", "stamp", "tar_names"]
+__all__ = ["USUAL", "Limits", "ScanLog", "local_folder", "scan_shards", "stamp", "tar_names"]
 
 LOG = "scans.jsonl"
 
@@ -36,6 +37,13 @@ class Limits:
 
 
 USUAL = Limits()
+
+
+def local_folder(folder: str | Path, engine: Engine) -> Path:
+    """The folder that is meant, ``corpus:NAME/SPLIT`` perhaps. UserError for a URL."""
+    if "://" in str(folder):
+        raise UserError(f"{folder} is not on this machine; copy the shards to a folder and give that")
+    return here(resolve_data_path(folder), engine)
 
 
 def tar_names(folder: Path) -> list[str]:

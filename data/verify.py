@@ -13,7 +13,7 @@ import numpy as np
 from xxhash import xxh3_64_hexdigest
 
 from ..configs.errors import UserError
-from ..configs.files import cache_dir, resolve_data_path
+from ..configs.files import cache_dir
 from .engine import Engine, Progress, quiet
 from .image_header import MAX_PIXELS
 from .index import (
@@ -31,7 +31,7 @@ from .index import (
 )
 from .repeats import HashColumn, Place
 from .scan import Finding, ShardScan
-from .scanning import USUAL, Limits, ScanLog, scan_shards, tar_names
+from .scanning import USUAL, Limits, ScanLog, local_folder, scan_shards, tar_names
 
 __all__ = ["VerifyReport", "decode_problem", "verify_folder"]
 
@@ -97,7 +97,7 @@ def verify_folder(
     counted in the notes and, with ``duplicates``, are faults. A folder without a manifest is checked as far
     as that goes. What a killed run had read is not read again. Raises UserError if there is nothing to check.
     """
-    folder = resolve_data_path(folder)
+    folder = local_folder(folder, engine)
     report = VerifyReport(folder)
     names, rows = _listed(folder, report)
     caption_keys = [rows[name].caption_key if name in rows else None for name in names]

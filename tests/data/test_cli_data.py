@@ -77,6 +77,8 @@ def test_build_prints_the_bad_rows_and_goes_on(tmp_path: Path, capsys: pytest.Ca
         (["index", "absent"], "there is no folder absent"),
         (["stats", "absent"], "there is no folder absent"),
         (["verify", "corpus:absent"], "diptych data fetch"),
+        (["verify", "s3://bucket/shards"], "s3://bucket/shards is not on this machine"),
+        (["index", "s3://bucket/shards"], "copy the shards to a folder"),
         (["fetch", "cats"], "cats"),
         (["verify", "x", "--decod"], "did you mean --decode?"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from diptych.configs.errors import UserError
+from diptych.data import tar_source
 from diptych.data.build import build_shards
 from diptych.data.foreign import index_folder
 from diptych.data.recode import Recode
@@ -42,6 +43,32 @@ def test_resharding_a_set_into_itself_sized_shards_gives_its_bytes(tmp_path: Pat
     write(tmp_path / "old", samples(11), per_shard=4)
     build_shards([tmp_path / "old"], tmp_path / "new", samples_per_shard=4, workers=2)
     assert open_shards(tmp_path / "new").fingerprint == open_shards(tmp_path / "old").fingerprint
+
+
+@pytest.mark.parametrize("damage", ["image", "caption", "idx", "tar"])
+def test_an_index_spares_reading_and_is_not_believed_more_than_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    old = write(tmp_path / "old", samples(6), per_shard=3)
+    scanned = list[str]()
+    scan = tar_source.scan_shard
+    monkeypatch.setattr(
+        tar_source, "scan_shard", lambda path, **o: (scanned.append(path.name), scan(path, **o))[1]
+    )
+    build_shards([old], tmp_path / "whole", samples_per_shard=3)
+    assert scanned == []
+    assert open_shards(tmp_path / "whole").fingerprint == open_shards(old).fingerprint
+    record = open_shards(old).records(1)[1]
+    if damage == "idx":
+        flip(old / "00001.idx", 100)
+    elif damage == "tar":
+        (old / "00001.tar").write_bytes((old / "00001.tar").read_bytes()[:-512])
+    else:
+        flip(old / "00001.tar", int(record[f"{damage}_offset"]) + 3)
+    report = build_shards([old], tmp_path / "new", samples_per_shard=3, max_bad_fraction=0.5)
+    assert scanned == (["00001.tar"] if damage in ("idx", "tar") else [])
+    assert reasons(report) == ([(5, "hash")] if damage in ("image", "caption") else [])
+    assert len(read_all(tmp_path / "new")) == 6 - len(report.bad)
 
 
 def test_faults_of_tars_are_bad_rows(tmp_path: Path) -> None:
