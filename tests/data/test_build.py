@@ -84,8 +84,8 @@ def test_every_kind_of_table_gives_the_same_samples(tmp_path: Path, ending: str)
 def test_a_rebuild_is_equal_byte_for_byte(tmp_path: Path) -> None:
     names = pictures(tmp_path, 9)
     source = table(tmp_path / "t.csv", [{"image": name, "caption": name} for name in names])
-    for out, workers in (("a", 1), ("b", 4)):
-        build_shards([source], tmp_path / out, samples_per_shard=4, workers=workers)
+    for out, workers in (("a", 1), ("b", 2)):
+        build_shards([source], tmp_path / out, samples_per_shard=4, workers=workers, decode=False)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
