@@ -106,7 +106,7 @@ def build_shards(
     ``root``: image paths must lie inside it and are relative to it; None: each table's folder. ``decode``:
     decode every image in full, as training will. ``recode``: make images smaller or write them in another
     format. ``val_fraction``: make two folders, ``train`` and ``val``, the latter with this share of the
-    images, chosen by their stored bytes, so that copies never part. Keys are the key column's, a folder's
+    images, chosen by their bytes, so that copies never part. Keys are the key column's, a folder's
     paths, a tar's keys, or row numbers over all sources.
 
     ``workers`` processes (or Ray, ``engine``) make ``samples_per_shard`` rows at a time into pieces, under

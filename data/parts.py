@@ -210,18 +210,19 @@ def _add(settings: Settings, part: Part, row: PartRow, pieces: dict[str, _Pieces
     """Write one sample. Raises BadRow or RefusedSample."""
     if isinstance(row.row, BadRow):
         raise row.row
-    image = _image(row.row, settings)
-    held_back = xxh3_64_intdigest(image) < settings.val_fraction * 2**64
+    source = _read(row.row, settings.limits.max_image_bytes)
+    image = _image(source, settings)
+    # by the source's bytes: the same ones at any size and quality
+    held_back = xxh3_64_intdigest(source) < settings.val_fraction * 2**64
     folder = settings.folders[-1] if held_back else settings.folders[0]
     if (folder, row.key) in part.taken:
         raise BadRow("duplicate", f"key '{row.key}' is there twice; keys must be unique")
     pieces[folder].add(row.key, image, row.row)
 
 
-def _image(row: Row, settings: Settings) -> bytes:
+def _image(data: bytes, settings: Settings) -> bytes:
     """The image as it is stored, looked at. Raises BadRow."""
     limits = settings.limits
-    data = _read(row, limits.max_image_bytes)
     if len(data) > limits.max_image_bytes:
         raise BadRow("size", f"the image has {len(data)} bytes")
     try:

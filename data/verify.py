@@ -46,6 +46,8 @@ class VerifyReport:
     shards: int = 0
     samples: int = 0
     """Samples that can be used."""
+    copies: int = 0
+    """Images that are there again, byte for byte."""
     findings: list[Finding] = field(default_factory=list[Finding])
     notes: list[str] = field(default_factory=list[str])
 
@@ -61,6 +63,7 @@ class VerifyReport:
             "ok": not self.findings,
             "shards": self.shards,
             "samples": self.samples,
+            "copied_images": self.copies,
             "reasons": self.reasons,
             "findings": [asdict(finding) for finding in self.findings],
             "notes": self.notes,
@@ -253,9 +256,9 @@ def _repeated_keys(report: VerifyReport, keys: HashColumn, names: _Names, *, str
 
 def _copied_images(report: VerifyReport, images: HashColumn, names: _Names, *, strict: bool) -> None:
     """Images that are there again: faults, or a note with the first ones."""
-    count, shown = 0, list[str]()
+    shown = list[str]()
     for first, *others in images.repeats():
-        count += len(others)
+        report.copies += len(others)
         if strict:
             report.findings += [
                 Finding(
@@ -268,5 +271,7 @@ def _copied_images(report: VerifyReport, images: HashColumn, names: _Names, *, s
             ]
         elif len(shown) < SHOWN:
             shown.append(f"{names.say(others[0])} has the image of {names.say(first)}")
-    if count and not strict:
-        report.notes.append(f"{count} images are copies; --duplicates names them all: {', '.join(shown)}")
+    if report.copies and not strict:
+        report.notes.append(
+            f"{report.copies} images are copies; --duplicates names them all: {', '.join(shown)}"
+        )

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from diptych.configs.errors import UserError
 from diptych.data.filters import FilterConfig, select
@@ -147,6 +148,28 @@ def test_unrelated_pictures_stay_far_apart() -> None:
     # 160,000 pictures against 12 crops each: none comes near the 6 that count as a copy
     assert min(nearest) >= 10
     assert np.mean(nearest) > 14
+
+
+def test_pieces_of_real_photographs_are_told_apart_and_found_again() -> None:
+    pieces = [
+        photograph[y : y + side, x : x + side]
+        for photograph in load_sample_images().images
+        for side in (71, 107)
+        for y in range(0, 427 - side, side)
+        for x in range(0, 640 - side, side)
+    ]
+    found = [(piece, own) for piece in pieces if (own := perceptual_hashes(piece)) is not None]
+    assert len(found) > 70  # the others are sky and water
+    every = np.array([own for _, own in found])
+    for number, (piece, own) in enumerate(found):
+        apart = distances(own[0], every.reshape(-1)).reshape(every.shape).min(axis=1)
+        assert sorted(apart)[1] > 10
+        with Image.open(io.BytesIO(encoded(Image.fromarray(piece), quality=40))) as image:
+            copy = perceptual_hashes(np.asarray(image.convert("RGB")))
+        if copy is not None:
+            again = distances(copy[0], every[:, 0])
+            assert int(again.argmin()) == number
+            assert again[number] <= 6
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -117,6 +117,19 @@ def test_a_build_keeps_small_images_and_makes_large_ones_smaller(tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_the_same_images_are_held_back_at_any_size(tmp_path: Path) -> None:
+    rows = []
+    for number in range(20):
+        photo(90, 60, seed=number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"{number}"})
+    source = table(tmp_path / "t.csv", rows)
+    held: list[list[str]] = []
+    for out, wish in (("a", Recode()), ("b", Recode(image_size=20)), ("c", Recode(format="jpg", quality=50))):
+        build_shards([source], tmp_path / out, recode=wish, val_fraction=0.4)
+        held.append([raw.caption for raw in read_all(tmp_path / out / "val")])
+    assert held[0] == held[1] == held[2]
+
+
 def test_wishes_that_make_no_sense_are_one_sentence() -> None:
     with pytest.raises(UserError, match="--quality 101 must be from 1 to 100"):
         Recode(quality=101)

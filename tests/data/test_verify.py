@@ -28,7 +28,7 @@ def test_whole_shards_are_all_well(tmp_path: Path) -> None:
     for decode in (False, True):
         report = verify_folder(tmp_path, decode=decode)
         assert (report.findings, report.notes, report.shards, report.samples) == ([], [], 3, 10)
-    counts = {"shards": 3, "samples": 10, "reasons": {}, "findings": [], "notes": []}
+    counts = {"shards": 3, "samples": 10, "copied_images": 0, "reasons": {}, "findings": [], "notes": []}
     assert report.to_json() == {"folder": str(tmp_path), "ok": True, **counts}
 
 
@@ -156,6 +156,7 @@ def test_copies_of_an_image_are_a_note_and_faults_on_demand(tmp_path: Path) -> N
         "sample 'copy-2' of 00002.tar has the image of sample 'key-0002' of 00000.tar, "
         "sample 'copy-7' of 00002.tar has the image of sample 'key-0007' of 00001.tar"
     ]
+    assert report.to_json()["copied_images"] == 3
     report = verify_folder(tmp_path, duplicates=True, workers=2)
     assert sorted(found(report)) == [
         ("00002.tar", key, "duplicate-image") for key in ("again", "copy-2", "copy-7")
