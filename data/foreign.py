@@ -178,8 +178,13 @@ def _check_before(folder: Path, names: list[str], overwrite: bool) -> None:
         return
     for name in names:
         path = idx_path(folder / name)
-        if path.is_file() and not path.read_bytes().startswith(MAGIC):
+        if path.is_file() and not _begins(path, MAGIC):
             raise UserError(f"{path} is the index of another program; give --overwrite to replace it")
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _built_here(folder: Path) -> set[tuple[str, str]]:

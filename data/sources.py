@@ -287,14 +287,21 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             number = 0
             for batch in file.iter_batches(batch_size=64):
-                for values in batch.to_pylist():
+                for one in range(batch.num_rows):
                     number += 1
-                    yield number, values
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield number, _parquet_row(batch.slice(one, 1))
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _parquet_row(row: Any) -> Mapping[str, Any] | BadRow:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow("json", f"a text of it is not UTF-8: {error}")
 
 
 def _folder(folder: Path, columns: Columns) -> Iterator[SourceRow]:
