@@ -174,13 +174,19 @@ def _find_columns(path: Path, names: Sequence[str], columns: Columns) -> Columns
             if candidate in names or (asked is None and candidate in lower):
                 return candidate if candidate in names else lower[candidate]
         wanted = f"column '{asked}'" if asked is not None else f"known {what} column"
-        raise UserError(f"{path} has no {wanted}; it has {', '.join(names)}: choose with --{what}")
+        raise UserError(f"{path} has no {wanted}; it has {_listed(names)}: choose with --{what}")
 
     if columns.key is not None and columns.key not in names:
-        raise UserError(f"{path} has no column '{columns.key}'; it has {', '.join(names)}: choose with --key")
+        raise UserError(f"{path} has no column '{columns.key}'; it has {_listed(names)}: choose with --key")
     captions = tuple(choose("caption", asked, CAPTION_COLUMNS) for asked in columns.captions or (None,))
     usual = [name for name in IMAGE_COLUMNS if name not in captions]
     return Columns(choose("image", columns.image, usual), captions, columns.key)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names of columns in one line."""
+    shown = [" ".join(name.split())[:40] for name in names[:30]]
+    return ", ".join(shown) + (", ..." if len(names) > 30 else "")
 
 
 def _row(values: Mapping[str, Any], columns: Columns, root: Path) -> Row:
@@ -257,7 +263,7 @@ def _csv(path: Path, kind: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRo
             if not names:
                 raise UserError(f"{path} is empty; its first line must name the columns")
             if len(set(names)) != len(names):
-                raise UserError(f"{path} names a column twice: {', '.join(names)}; rename one")
+                raise UserError(f"{path} names a column twice: {_listed(names)}; rename one")
             number = 0
             for cells in reader:
                 if not cells:  # an empty line
