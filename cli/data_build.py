@@ -133,7 +133,9 @@ def build(args: argparse.Namespace) -> int:
     if report.kept:
         print(f"{report.kept} of {report.rows} rows were finished by a build that was stopped, and are kept")
     if report.anew:
-        print(f"{report.anew} rows were too, but they or the settings have changed: they are made anew")
+        print(
+            f"{report.anew} rows of a build that was stopped are made anew: they or the settings have changed"
+        )
     for name, made in report.folders.items():
         where = report.folder / name
         print(f"wrote {made['samples']} of {report.rows} rows into {made['shards']} shards in {where}")

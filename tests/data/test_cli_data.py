@@ -64,6 +64,26 @@ def test_build_prints_the_bad_rows_and_goes_on(tmp_path: Path, capsys: pytest.Ca
     assert len(open_shards(out)) == 1
 
 
+def test_build_says_what_it_kept_and_what_it_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    lines = ["image,caption", "a.png,1", "b.png,2", "c.png,3", "d.png,4", "none.png,5"]
+    table, out = tmp_path / "t.csv", str(tmp_path / "out")
+    table.write_text("\n".join(lines))
+    words = ["build", str(table), "--out", out, "--samples-per-shard", "2", "--no-decode"]
+    assert run(capsys, *words)[0] == 2
+    table.write_text("\n".join(lines).replace("c.png,3", "c.png,three"))
+    code, printed, _ = run(capsys, *words, "--max-bad-fraction", "0.2")
+    assert code == 0
+    assert printed.splitlines()[:3] == [
+        "3 of 5 rows were finished by a build that was stopped, and are kept",
+        "2 rows of a build that was stopped are made anew: they or the settings have changed",
+        f"wrote 4 of 5 rows into 2 shards in {out}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
