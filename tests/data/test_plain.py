@@ -23,7 +23,7 @@ from diptych.data.plain_tars import Tar, deal, expand, read_tar, shuffled
 from diptych.data.shards import DamagedSample
 from diptych.data.stream import open_stream
 
-from .object_store import BUCKET, Fault, Proxy, forget_systems, hurry, s3_environment, s3_server, upload
+from .object_store import BUCKET, Fault, Proxy, forget_systems, hurry, s3_environment, upload
 from .samples import WEBDATASET, by_webdataset, member_offsets, picture, samples, write_tar
 from .stream_corpus import TOKENIZER, all_same
 
@@ -326,12 +326,6 @@ def test_a_shuffled_pass_keeps_every_sample_and_bounds_its_buffer(monkeypatch: p
     assert sorted(out) == list(range(30))
     monkeypatch.setattr(plain_tars, "BUFFER_BYTES", 25)
     assert len(list(shuffled(iter(raws), np.random.default_rng(0)))) == 30
-
-
-@pytest.fixture(scope="module")
-def port() -> Generator[int]:
-    with s3_server() as port:
-        yield port
 
 
 @pytest.mark.parametrize("cache_gb", [1.0, 0.0], ids=["cached", "ranges"])
