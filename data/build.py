@@ -12,7 +12,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -130,16 +130,19 @@ def build_shards(
         with _staged(out, settings, overwrite=overwrite), progress("building", 0) as advance:
             make = functools.partial(make_part, settings)
             made: list[Made] = []
-            for one in run_tasks(make, parts(), workers=workers, engine=engine):
-                made.append(one)
-                advance(one.rows)
-                _count(report, [one])
-                if len(report.bad) >= EARLY:
-                    _check_limit(report, max_bad_fraction)
+            with closing(run_tasks(make, parts(), workers=workers, engine=engine)) as results:
+                for one in results:
+                    made.append(one)
+                    advance(one.rows)
+                    _count(report, [one])
+                    if len(report.bad) >= EARLY:
+                        _check_limit(report, max_bad_fraction)
             if taken := _repeated_keys(settings, made):
                 again = (replace(p, taken=frozenset(taken[p.number])) for p in parts() if p.number in taken)
-                for one in run_tasks(make, again, workers=workers, engine=engine):
-                    made[one.number] = replace(one, kept=made[one.number].kept, anew=made[one.number].anew)
+                with closing(run_tasks(make, again, workers=workers, engine=engine)) as results:
+                    for one in results:
+                        first = made[one.number]
+                        made[one.number] = replace(one, kept=first.kept, anew=first.anew)
                 report = _count(BuildReport(out, report.sources), made)
             _check_limit(report, max_bad_fraction)
             pieces = {

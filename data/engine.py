@@ -49,7 +49,8 @@ def run_tasks(
     cluster that ``RAY_ADDRESS`` names, else in a Ray of this machine with ``workers`` CPUs; the tasks' files
     must then be reachable from every node. ``function`` and tasks must be picklable. Tasks are taken from the
     iterable as they are needed, a few more than are worked on. An error of a task is raised here and ends the
-    rest; so does closing the generator, or Ctrl-C. Raises UserError if a worker dies or Ray is not there.
+    rest; so does closing the generator: use it with ``contextlib.closing``, lest an error or Ctrl-C elsewhere
+    leave it open. Raises UserError if a worker dies or Ray is not there.
     """
     if engine == "ray":
         yield from _on_ray(function, tasks, workers)
@@ -65,11 +66,11 @@ def run_tasks(
 def _in_processes(function: Callable[[T], R], tasks: Iterator[T], workers: int) -> Generator[R]:
     context = get_context("spawn")  # a fork of a process with threads may hang
     watched, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(watched,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(watched, function))
     flying: deque[Future[R]] = deque()
     try:
         for task in tasks:
-            flying.append(pool.submit(function, task))
+            flying.append(pool.submit(_run, task))
             if len(flying) > workers + 1:
                 yield flying.popleft().result()
         while flying:
@@ -85,9 +86,13 @@ def _in_processes(function: Callable[[T], R], tasks: Iterator[T], workers: int) 
         watched.close()
 
 
-def _settle(watched: Connection) -> None:
+_function: list[Callable[[Any], Any]] = []  # in a worker: what is done with its tasks, sent once
+
+
+def _settle(watched: Connection, function: Callable[[Any], Any]) -> None:
     """In a worker: leave Ctrl-C to the parent, and end as soon as the parent does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _function[:] = [function]
 
     def watch() -> None:
         try:
@@ -96,6 +101,10 @@ def _settle(watched: Connection) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(task: Any) -> Any:
+    return _function[0](task)
 
 
 def _on_ray(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[R]:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,13 @@ def index_folder(
             folder, todo, "indexing", caption_keys=[caption_key] * len(todo), limits=limits, log=log,
             workers=workers, engine=engine, progress=progress,
         )  # fmt: skip
-        for name, scan in zip(todo, scans, strict=True):
-            idx = log.idx(name).read_bytes()
-            row = make_row(name, idx, foreign=True, caption_key=caption_key)
-            rows[name] = make_row(name, idx) if (name, row.xxh3) in ours and caption_key is None else row
-            findings += scan.findings
-            json_keys.update(scan.json_keys)
+        with closing(scans):
+            for name, scan in zip(todo, scans, strict=True):
+                idx = log.idx(name).read_bytes()
+                row = make_row(name, idx, foreign=True, caption_key=caption_key)
+                rows[name] = make_row(name, idx) if (name, row.xxh3) in ours and caption_key is None else row
+                findings += scan.findings
+                json_keys.update(scan.json_keys)
         place = {name: number for number, name in enumerate(names)}
         findings.sort(key=lambda finding: place[finding.shard])
         report = IndexReport([rows[name] for name in names], findings, len(kept))

@@ -6,7 +6,7 @@ What is found can be written as the filter that takes them out of the training (
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,11 @@ def find_overlap(
         (str(path), shard) for path, other in zip(against, sets, strict=True) for shard in _shards(other)
     ]
     parts: list[_Signatures] = []
-    with progress("reading evaluation sets", len(tasks)) as advance:
-        for part in run_tasks(read, tasks, workers=workers, engine=engine):
+    with (
+        progress("reading evaluation sets", len(tasks)) as advance,
+        closing(run_tasks(read, tasks, workers=workers, engine=engine)) as results,
+    ):
+        for part in results:
             parts.append(part)
             advance(1)
     reference = _Signatures(
@@ -123,8 +126,8 @@ def find_overlap(
     with ExitStack() as stack:
         write = stack.enter_context(_Filter(write_filter)) if write_filter is not None else None
         advance = stack.enter_context(progress("comparing", len(tasks)))
-        results = run_tasks(compare, tasks, workers=workers, engine=engine)
-        for (_, shard), (found, unread) in zip(tasks, results, strict=True):
+        compared = stack.enter_context(closing(run_tasks(compare, tasks, workers=workers, engine=engine)))
+        for (_, shard), (found, unread) in zip(tasks, compared, strict=True):
             findings = list(_name(train, shard, found, sets, against))
             report.unread += unread
             report.matched += len({finding.key for finding in findings})

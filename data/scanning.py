@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,9 +155,9 @@ def scan_shards(
     workers: int = 1,
     engine: Engine = "local",
     progress: Progress = quiet,
-) -> Iterator[ShardScan]:
+) -> Generator[ShardScan]:
     """Scan shards in order (``engine.run_tasks``); ``caption_keys``: one per shard. Those that ``log`` has
-    are not read again, the others are put there."""
+    are not read again, the others are put there. To be closed where it may not be gone through."""
     tasks = [(folder / name, key) for name, key in zip(names, caption_keys, strict=True)]
     kept = [log is not None and log.has(*task) for task in tasks]
     todo = [task for task, known in zip(tasks, kept, strict=True) if not known]

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,14 +112,15 @@ def verify_folder(
             folder, names, "verifying", caption_keys=caption_keys, limits=limits, check_image=check, log=log,
             workers=workers, engine=engine, progress=progress,
         )  # fmt: skip
-        for name, scan in zip(names, scans, strict=True):
-            report.shards += 1
-            report.samples += int(np.count_nonzero(scan.records["flags"] & OK))
-            report.findings += scan.findings
-            if name in rows:
-                report.findings += _compare(folder, rows[name], scan)
-            keys.append(np.array([key_hash(key) for key in scan.keys], dtype=np.uint64))
-            images.append(scan.records["image_xxh3"])
+        with closing(scans):
+            for name, scan in zip(names, scans, strict=True):
+                report.shards += 1
+                report.samples += int(np.count_nonzero(scan.records["flags"] & OK))
+                report.findings += scan.findings
+                if name in rows:
+                    report.findings += _compare(folder, rows[name], scan)
+                keys.append(np.array([key_hash(key) for key in scan.keys], dtype=np.uint64))
+                images.append(scan.records["image_xxh3"])
         names_of = _Names(folder, names, log)
         built = bool(rows) and not any(row.foreign for row in rows.values())
         _repeated_keys(report, keys, names_of, strict=built)

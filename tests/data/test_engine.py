@@ -54,13 +54,14 @@ def test_a_worker_that_dies_is_one_sentence() -> None:
 
 SLEEPER = """
 import signal, time
+from contextlib import closing
 from diptych.data.engine import run_tasks
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-    results = run_tasks(time.sleep, [0, 0, 60, 60, 60], workers=2)
-    next(results), next(results)
-    print("begun", flush=True)
-    list(results)
+    with closing(run_tasks(time.sleep, [0, 0, 60, 60, 60], workers=2)) as results:
+        next(results), next(results)
+        print("begun", flush=True)
+        list(results)
 """
 
 
