@@ -4,6 +4,7 @@ A filter is worked out once and kept in the cache, one bit a sample, memory-mapp
 node share it.
 """
 
+import csv
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..configs.files import cache_dir, resolve_data_path, temporary_beside
 from ..configs.load import StrictModel
 from .index import OK, key_hash, load_json
 from .permutation import fold
+from .reading import read_retrying
 from .shards import DamagedSample, ShardSet
 from .where import columns_of, evaluate, parse
 
@@ -60,23 +62,25 @@ class FilterConfig(StrictModel):
 class Selection:
     """Chosen samples of a shard set. Pickles as the place of its files."""
 
-    def __init__(self, path: Path, sizes: Ints) -> None:
-        """``path``: what ``select`` wrote; ``sizes``: usable samples in each shard."""
+    def __init__(self, path: Path, sizes: Ints, chosen: Ints | None = None) -> None:
+        """``path``: what ``select`` wrote; ``sizes``: usable samples in each shard; ``chosen``: how many of
+        them are chosen, counted if not given."""
         self._path, self._sizes = path, sizes
         self._bits: NDArray[np.uint8] = np.load(path, mmap_mode="r")
         starts = np.cumsum([0, *(-(-sizes // 8))])
         if self._bits.dtype != np.uint8 or self._bits.shape != (starts[-1],):
             raise ValueError(f"{path} is no filter of these shards")
         self._starts, self._base = starts, np.cumsum(sizes) - sizes
-        self.shard_sizes: Ints = np.add.reduceat(
-            np.append(np.bitwise_count(self._bits).astype(np.int64), 0), starts[:-1]
-        ) * (sizes > 0)
+        if chosen is None:  # shard by shard: all at once would not fit where the bitmap is large
+            counts = (np.bitwise_count(self._bits[a:b]).sum() for a, b in pairwise(starts.tolist()))
+            chosen = np.fromiter(counts, dtype=np.int64, count=len(sizes))
+        self.shard_sizes: Ints = chosen
         """Chosen samples per shard, int64 [shards]."""
         self._ends = np.cumsum(self.shard_sizes)
         self._chosen = lru_cache(maxsize=OPEN)(self._list)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Selection, (self._path, self._sizes)
+        return Selection, (self._path, self._sizes, self.shard_sizes)
 
     @cached_property
     def digest(self) -> str:
@@ -107,14 +111,14 @@ def select(shards: ShardSet, config: FilterConfig) -> Selection | None:
         return None
     tree = parse(config.where) if config.where is not None else None
     files = [_digest(path) for path in (config.keep, config.drop)]
-    text = json.dumps([1, shards.fingerprint, config.where, *files])
+    text = json.dumps([2, shards.fingerprint, config.where, *files])
     path = cache_dir() / "filters" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
-    with _alone(path):
-        if (selection := _open(path, shards)) is None:
-            bits = [np.packbits(chosen) for chosen in _choose(shards, config, tree)]
-            with temporary_beside(path) as temporary, temporary.open("wb") as file:
-                np.save(file, np.concatenate(bits), allow_pickle=False)
-            selection = Selection(path, shards.shard_sizes)
+    if (selection := _open(path, shards)) is None:
+        with _alone(path):
+            if (selection := _open(path, shards)) is None:
+                bits = np.concatenate([np.packbits(chosen) for chosen in _choose(shards, config, tree)])
+                _write(path, bits)
+                selection = Selection(path, shards.shard_sizes)
     if not selection.shard_sizes.sum():
         given = ", ".join(f"{n}: {v}" for n in ("where", "keep", "drop") if (v := getattr(config, n)))
         raise UserError(f"data.train: of {len(shards)} samples of {shards.folder} none is left by {given}")
@@ -126,22 +130,35 @@ def _alone(path: Path) -> Generator[None]:
     """One process of a node works a filter out, the others wait for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks: several may do the same work
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"the filter cannot be kept in {path.parent} ({error.strerror}); set DIPTYCH_CACHE to a folder "
-            "that can be written"
-        ) from error
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise _cannot_keep(path, error) from error
+    with lock:
+        with suppress(OSError):  # a file system without locks: several may do the same work
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, bits: NDArray[np.uint8]) -> None:
+    try:
+        with temporary_beside(path) as temporary, temporary.open("wb") as file:
+            np.save(file, bits, allow_pickle=False)
+    except OSError as error:
+        raise _cannot_keep(path, error) from error
+
+
+def _cannot_keep(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the filter cannot be kept in {path.parent} ({error.strerror or error}); set DIPTYCH_CACHE to a "
+        "folder that can be written"
+    )
 
 
 def _open(path: Path, shards: ShardSet) -> Selection | None:
     """What was worked out before; None if there is nothing, or not all of it."""
     try:
         return Selection(path, shards.shard_sizes)
-    except FileNotFoundError:
+    except OSError:  # there is none, or none that can be read
         return None
     except (ValueError, EOFError):
         log.warning("%s is damaged; the filter is worked out again", path)
@@ -149,9 +166,10 @@ def _open(path: Path, shards: ShardSet) -> Selection | None:
 
 
 def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArray[np.bool_]]:
-    """Of each shard, which of its usable samples are chosen."""
-    keep = None if config.keep is None else read_keys(config.keep)
-    drop = None if config.drop is None else read_keys(config.drop)
+    """Of each shard, which of its usable samples are chosen. Raises UserError in the end for a list of which
+    no key is in the data."""
+    lists = [(name, file, read_keys(file)) for name in ("keep", "drop") if (file := getattr(config, name))]
+    matched = dict.fromkeys((name for name, _, _ in lists), 0)
     told = time.monotonic()
     for shard, (name, index) in enumerate(zip(shards.shard_names, shards.indexes(), strict=True)):
         if time.monotonic() - told > TELL_S:
@@ -162,10 +180,14 @@ def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArr
         chosen = np.ones(len(usable), dtype=np.bool_)
         if tree is not None:
             chosen &= evaluate(tree, columns_of(usable))
-        for keys, wanted in ((keep, True), (drop, False)):
-            if keys is not None:
-                chosen &= keys.matches(shards, shard, name, usable) == wanted
+        for which, _, keys in lists:
+            matches = keys.matches(shards, shard, name, usable)
+            matched[which] += int(matches.sum())
+            chosen &= matches == (which == "keep")
         yield chosen
+    for which, file, _ in lists:
+        if not matched[which]:
+            raise UserError(f"{which}: none of the keys in {file} is in {shards.folder}; see {_FORMS}")
 
 
 class _Keys:
@@ -195,7 +217,7 @@ def _uid_of(shards: ShardSet, sample_id: int) -> tuple[int, int]:
     uid = shards.key_of(sample_id).rsplit("/", 1)[-1]
     if not re.fullmatch("[0-9a-f]{32}", uid):
         try:
-            uid = str(shards.read(sample_id).meta.get("uid"))
+            uid = str(read_retrying(shards, sample_id)[0].meta.get("uid"))
         except DamagedSample:
             uid = ""
     return (int(uid[:16], 16), int(uid[16:], 16)) if re.fullmatch("[0-9a-f]{32}", uid) else (0, 0)
@@ -213,7 +235,7 @@ def read_keys(file: str) -> _Keys:
     try:
         if path.suffix.lower() == ".npy":
             uids = np.load(path, mmap_mode="r", allow_pickle=False)
-            if uids.dtype != UID:
+            if uids.dtype != UID or uids.ndim != 1:
                 raise ValueError(f"it holds {uids.dtype}, not DataComp's pairs of u8")
             keys, count = _Keys(_hash_uids(uids), uids=True), len(uids)
         else:
@@ -226,7 +248,7 @@ def read_keys(file: str) -> _Keys:
             keys = _Keys(hashes, with_shards=with_shards)
     except KeyError as error:
         raise UserError(f"{path}: a list of keys is one of {', '.join([*_READERS, '.npy'])}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path} cannot be read as a list of keys ({reason}); give {_FORMS}") from error
     if not count:
@@ -246,20 +268,20 @@ KeyRow = tuple[str, str | None]
 
 
 def _lines(path: Path) -> Iterator[KeyRow]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            yield line.strip(), None
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line in file:
+            if key := line.strip():
+                yield key, None
 
 
 def _jsonl(path: Path) -> Iterator[KeyRow]:
-    for line in path.read_bytes().splitlines():
-        if line.strip():
-            yield _row(load_json(line))
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield _row(load_json(line))
 
 
 def _csv(path: Path) -> Iterator[KeyRow]:
-    import csv
-
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from map(_row, csv.DictReader(file))
 
@@ -277,7 +299,11 @@ def _row(row: dict[str, Any]) -> KeyRow:
     if not isinstance(key := row.get("key"), str):
         raise ValueError("a row has no text under key")
     shard = row.get("shard")
-    return key, shard if isinstance(shard, str) and shard else None
+    if shard is None or shard == "":
+        return key, None
+    if not isinstance(shard, str):
+        raise ValueError(f"shard {shard!r} is no text such as 00000.tar")
+    return key, shard if shard.endswith(".tar") else f"{shard}.tar"
 
 
 _READERS: dict[str, Callable[[Path], Iterator[KeyRow]]] = {
@@ -289,12 +315,12 @@ _READERS: dict[str, Callable[[Path], Iterator[KeyRow]]] = {
 
 
 def _digest(file: str | None) -> str | None:
-    """Hash of a file's bytes; UserError if there is none."""
+    """Kind and hash of a file's bytes; UserError if there is none."""
     if file is None:
         return None
     path = resolve_data_path(file)
     try:
         with path.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+            return path.suffix.lower() + hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a list of keys") from error

@@ -50,8 +50,13 @@ def parse(text: str) -> ast.expr:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise UserError(f"where: '{text}' is no expression ({reason}); for instance {_EXAMPLE}") from error
     one = {name: np.ones(1) for name in COLUMNS} | {"format": np.array(["jpg"])}
-    with np.errstate(all="ignore"):
-        value = _value(tree, one, text)
+    try:
+        with np.errstate(all="ignore"):
+            value = _value(tree, one, text)
+    except (ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"where: '{text[:80]}' cannot be worked out ({error}); for instance {_EXAMPLE}"
+        ) from error
     if not isinstance(value, np.ndarray) or value.dtype != np.bool_:
         raise UserError(f"where: '{text}' is neither true nor false of a sample; for instance {_EXAMPLE}")
     return tree
@@ -68,15 +73,15 @@ def evaluate(tree: ast.expr, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.
 
 def columns_of(records: NDArray[np.void]) -> dict[str, NDArray[Any]]:
     """The columns of samples, [n] each, from their records in an index."""
-    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
+    width, height = records["width"].astype(np.float64), records["height"].astype(np.float64)
     return {
         "width": width,
         "height": height,
         "short": np.minimum(width, height),
         "long": np.maximum(width, height),
         "aspect": width / np.maximum(height, 1),
-        "text_len": records["text_len"].astype(np.int64),
-        "image_size": records["image_size"].astype(np.int64),
+        "text_len": records["text_len"].astype(np.float64),
+        "image_size": records["image_size"].astype(np.float64),
         "format": np.array(FORMATS)[records["format"]],
     }
 
@@ -89,8 +94,10 @@ def _value(node: ast.expr, columns: Mapping[str, Any], text: str) -> Any:
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COLUMNS)}"
                 raise UserError(f"where: there is no column '{name}' in '{text}'; {hint}")
             return columns[name]
-        case ast.Constant(value=int() | float() | str() as value):
+        case ast.Constant(value=str() as value):
             return value
+        case ast.Constant(value=int() | float() as value):
+            return float(value)
         case ast.BoolOp(op=op, values=parts):
             join = np.logical_and if isinstance(op, ast.And) else np.logical_or
             return join.reduce([_truth(part, columns, text) for part in parts])
@@ -133,6 +140,9 @@ def _same_kind(a: Any, b: Any, compare: Callable[[Any, Any], Any], text: str) ->
         )
     if not isinstance(a, np.ndarray) and not isinstance(b, np.ndarray):
         raise UserError(f"where: '{text}' compares two constants; name a column")
+    for side in (a, b):
+        if isinstance(side, str) and side not in FORMATS[1:]:
+            raise UserError(f"where: no format is called '{side}' in '{text}'; it is jpg, png or webp")
     return compare(a, b)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,9 @@ def test_lists_of_keys_keep_and_drop(shards: ShardSet, tmp_path: Path, ending: s
 
 
 def test_datacomps_uids_choose_by_the_json(shards: ShardSet, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.array((1, 2), dtype=np.dtype("u8,u8")))
+    with pytest.raises(UserError, match=r"one.npy cannot be read"):
+        chosen(shards, keep=str(tmp_path / "one.npy"))
     wanted = [1, 8, 30]
     pairs = [(int(uid(i)[:16], 16), int(uid(i)[16:], 16)) for i in wanted]
     np.save(tmp_path / "uids.npy", np.array(pairs, dtype=np.dtype("u8,u8")))
@@ -153,7 +157,9 @@ def test_a_filter_is_worked_out_once_and_anew_when_its_file_changes(shards: Shar
         ("torn.parquet", b"PAR1", "cannot be read as a list"),
         ("torn.npy", b"\x93NUMPY\x01\x00", "cannot be read as a list"),
         ("mixed.jsonl", b'{"key": "a", "shard": "b"}\n{"key": "c"}\n', "some rows name a shard"),
-        ("nobody.txt", b"somebody\n", "none is left by keep: "),
+        ("nobody.txt", b"somebody\n", "keep: none of the keys in "),
+        ("number.jsonl", b'{"key": "key-001", "shard": 0}\n', "shard 0 is no text"),
+        ("long.csv", b"key\n" + b"x" * 200_000 + b"\n", "field larger than field limit"),
     ],
 )
 def test_files_that_will_not_do_are_told_in_a_sentence(
@@ -208,3 +214,45 @@ def test_unusable_samples_of_a_shard_are_never_chosen(shards: ShardSet, tmp_path
     assert len(partly) == 9
     ids = chosen(partly, where="width >= 14")
     assert [partly.key_of(i) for i in ids] == ["04", "06", "07", "08", "10", "11"]
+
+
+def test_the_form_of_a_list_is_part_of_the_filter(shards: ShardSet, tmp_path: Path) -> None:
+    """JSON lines called .txt are lines; called .jsonl they are keys, whatever was worked out before."""
+    lines = b'{"key": "key-003"}\n'
+    (tmp_path / "x.txt").write_bytes(lines)
+    with pytest.raises(UserError, match="drop: none of the keys"):
+        chosen(shards, drop=str(tmp_path / "x.txt"))
+    (tmp_path / "x.jsonl").write_bytes(lines)
+    assert chosen(shards, drop=str(tmp_path / "x.jsonl")) == [i for i in range(N) if i != 3]
+
+
+def test_lists_are_read_as_editors_and_tables_write_them(shards: ShardSet, tmp_path: Path) -> None:
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfkey-001\r\nkey-002\r\n")
+    assert chosen(shards, keep=str(tmp_path / "bom.txt")) == [1, 2]
+    (tmp_path / "bare.jsonl").write_text('{"key": "key-001", "shard": "00000"}\n')
+    assert chosen(shards, keep=str(tmp_path / "bare.jsonl")) == [1]
+
+
+def test_what_is_kept_in_a_cache_that_cannot_be_written_is_used(shards: ShardSet, tmp_path: Path) -> None:
+    truth = chosen(shards, where="width > 12")
+    for lock in (tmp_path / "cache" / "filters").glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()  # which nobody can open as a file, not even root
+    assert chosen(shards, where="width > 12") == truth
+
+
+def test_a_full_disk_is_told_in_a_sentence(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device.*set DIPTYCH_CACHE"):
+        select(shards, FilterConfig(where="width > 11"))
+
+
+def test_a_selection_is_pickled_with_its_counts(shards: ShardSet) -> None:
+    selection = select(shards, FilterConfig(where="width > 12"))
+    assert selection is not None
+    twin = pickle.loads(pickle.dumps(selection))
+    assert np.array_equal(twin.shard_sizes, selection.shard_sizes)
+    assert np.array_equal(twin.sample_ids(np.arange(5)), selection.sample_ids(np.arange(5)))

@@ -88,9 +88,19 @@ def test_an_expression_says_what_python_says(text: str, rows: list[tuple[int, in
         ("lambda: 1", "is not taken"),
         ("(" * 300 + "width" + ")" * 300, "no expression"),
         ("x" * 2000, "2000 characters"),
+        ("width > 1/0", "cannot be worked out (float division by zero)"),
+        ("width > 5 % 0", "cannot be worked out"),
+        ("-" * 980 + "width > 1", "cannot be worked out"),
+        ("format == 'jpeg'", "no format is called 'jpeg'"),
+        ("format in ('jpg', 'gif')", "no format is called 'gif'"),
     ],
 )
 def test_what_is_not_taken_is_told_in_a_sentence(text: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(text)
     assert words in str(caught.value)
+
+
+def test_large_constants_do_not_wrap_around() -> None:
+    rows = records_of([(10, 10, 1, 1, 1)])
+    assert evaluate(parse("9223372036854775807 + width > 0"), columns_of(rows)).tolist() == [True]
