@@ -192,7 +192,11 @@ def _staged(out: Path, settings: Settings, *, overwrite: bool) -> Generator[None
         pass
     try:
         for name, shards in _moving(staging).items():
-            remove_shards(out / name, shards)
+            for shard, size in shards.items():
+                path = out / name / shard
+                if path.exists() and path.stat().st_size != size:
+                    raise UserError(f"{path} is not what a killed build left; choose an empty folder")
+            remove_shards(out / name, list(shards))
         (staging / MOVING).unlink(missing_ok=True)
         yield
         shutil.rmtree(staging)
@@ -204,8 +208,8 @@ def _staged(out: Path, settings: Settings, *, overwrite: bool) -> Generator[None
         os.close(lock)
 
 
-def _moving(staging: Path) -> dict[str, list[str]]:
-    """The shards by folder, old and new, that a build was replacing when it was killed."""
+def _moving(staging: Path) -> dict[str, dict[str, int]]:
+    """The shards by folder, old and new, that a build was replacing when it was killed, with their bytes."""
     try:
         return json.loads((staging / MOVING).read_text())
     except (OSError, ValueError):
@@ -280,8 +284,13 @@ def _publish(
     ready.mkdir()
     rows = [_join(staging, ready / f"{number:05d}.tar", run) for number, run in enumerate(runs)]
     folder.mkdir(parents=True, exist_ok=True)
-    replaced = [*old_shards(folder, overwrite=overwrite), *(row.shard for row in rows)]
-    atomic_write_text(staging / MOVING, json.dumps(_moving(staging) | {name: replaced}))
+    old = old_shards(folder, overwrite=overwrite)
+    if old:  # out of the way first, so that a name stands for one size
+        sizes = {shard: (folder / shard).stat().st_size for shard in old if (folder / shard).exists()}
+        atomic_write_text(staging / MOVING, json.dumps(_moving(staging) | {name: sizes}))
+        remove_shards(folder, old)
+    sizes = {row.shard: row.bytes for row in rows}
+    atomic_write_text(staging / MOVING, json.dumps(_moving(staging) | {name: sizes}))
     publish(folder, ready, rows, overwrite=overwrite)
     return {"samples": sum(row.num_ok for row in rows), "shards": len(rows), "fingerprint": fingerprint(rows)}
 

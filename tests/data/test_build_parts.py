@@ -202,6 +202,28 @@ def test_a_kill_while_shards_are_moved_is_mended_by_the_next_run(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_shards_that_came_after_a_kill_are_not_taken_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(tmp_path)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "00002.tar":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards([source], tmp_path / "out", **OPTIONS)
+    monkeypatch.undo()
+    (tmp_path / "out/00001.tar").write_bytes(b"somebody's own")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"00001\.tar is not what a killed build left"):
+            build_shards([source], tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out/00001.tar").read_bytes() == b"somebody's own"
+
+
 def test_shards_that_are_there_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     write(tmp_path / "out/val", samples(3))
