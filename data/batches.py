@@ -165,7 +165,7 @@ class BatchMaker(Dataset[Any]):
         for number, (row, crop) in enumerate(zip(rows, crops, strict=True), start):
             if isinstance(crop, DamagedSample):
                 if recipe.on_bad == "raise":
-                    raise UserError(f"{crop}; mend or remove it, or set data.on_bad: mask") from crop
+                    raise UserError(f"{crop}; set data.on_bad: mask to go on without it") from crop
                 made.image[number] = 255
                 made.bad[number] = crop
                 made.texts.append("")

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from ..configs.load import StrictModel
 from .text import Truncate
 
-__all__ = ["CaptionConfig", "choose_caption", "choose_text", "word"]
+__all__ = ["CaptionConfig", "choose_caption", "choose_text", "texts_under", "word"]
 
 
 class CaptionConfig(StrictModel):
@@ -45,6 +45,11 @@ class CaptionConfig(StrictModel):
             raise ValueError(f"templates: '{wrong[0]}' must have {{}} once, where the text goes")
         return self
 
+    def keys(self) -> list[str]:
+        """The keys of the JSON that texts are drawn from."""
+        weights = {"names": self.names, "tags": self.tags, **self.fields}
+        return [key for key, weight in weights.items() if weight > 0]
+
 
 def choose_caption(config: CaptionConfig, caption: str, meta: dict[str, Any], rng: Generator) -> str:
     """What a sample's image is shown with: a text, worded. ``rng``: the sample's own random numbers in this
@@ -63,7 +68,7 @@ def word(config: CaptionConfig, text: str, rng: Generator) -> str:
 def choose_text(config: CaptionConfig, caption: str, meta: dict[str, Any], rng: Generator) -> str:
     """One of a sample's texts, drawn by weight."""
     weights = {"names": config.names, "tags": config.tags, **config.fields}
-    texts = {key: _strings(meta.get(key)) for key, weight in weights.items() if weight > 0}
+    texts = {key: texts_under(meta, key) for key, weight in weights.items() if weight > 0}
     choices = [(key, weights[key]) for key, found in texts.items() if found]
     if not choices:
         return caption
@@ -85,7 +90,8 @@ def choose_text(config: CaptionConfig, caption: str, meta: dict[str, Any], rng: 
     return found[int(rng.random() * len(found))]
 
 
-def _strings(value: Any) -> list[str]:
-    """The texts of a JSON value: a string, or the strings of a list; blank ones are none."""
+def texts_under(meta: dict[str, Any], key: str) -> list[str]:
+    """The texts under a key of a sample's JSON: a string, or the strings of a list; blank ones are none."""
+    value = meta.get(key)
     values: list[Any] = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [text for text in values if isinstance(text, str) and text.strip()]

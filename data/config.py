@@ -20,7 +20,7 @@ class SourceConfig(FilterConfig):
     """Folder of shards, a path or a URL (s3://, gs://, hf://, https://), or corpus:NAME/SPLIT for a corpus
     that Diptych fetched. Tars without an index are streamed: see docs/remote.md."""
     name: str | None = None
-    """What it is called in messages and metrics; null for the last part of ``data``."""
+    """What it is called in messages; null for the last part of ``data``."""
     weight: float | None = Field(default=None, gt=0)
     """Its share of the samples relative to the other sources' weights; give all sources one or none. Null
     takes each in proportion to its samples."""

@@ -10,18 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
-from .captions import CaptionConfig
+from .captions import CaptionConfig, texts_under
 from .config import DataConfig
 from .filters import Selection, select
 from .mixture import Mixture
 from .order import AnyOrder, Order
-from .shards import ShardSet, open_shards
+from .reading import read_many_retrying
+from .shards import RawSample, ShardSet, open_shards
 
-__all__ = ["Source", "describe", "fingerprint", "make_order", "open_sources", "resumed_order"]
+__all__ = [
+    "Source",
+    "check_captions",
+    "describe",
+    "fingerprint",
+    "make_order",
+    "open_sources",
+    "resumed_order",
+]
 
 log = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
+
+LOOKED_AT = 200  # samples whose JSON is looked at for the keys of captions
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,34 @@ def open_sources(config: DataConfig, *, check_files: bool = True) -> list[Source
     return sources
 
 
+def check_captions(source: Source) -> None:
+    """Raises UserError if none of some samples has a text under a JSON key that captions are to be drawn
+    from: a key that is misspelt would mean another training than the one that was asked for.
+
+    Of a local set the samples are spread over all, of a remote one they are the first, which may be of one
+    kind: there it is a warning.
+    """
+    wanted = source.captions.keys()
+    if not wanted:
+        return
+    shards, total = source.shards, int(source.shard_sizes.sum())
+    ordinals = np.unique(
+        np.linspace(0, min(total, LOOKED_AT if shards.is_remote else total) - 1, LOOKED_AT).round()
+    )
+    raws, _ = read_many_retrying(shards, source.sample_ids(ordinals.astype(np.int64)).tolist())
+    metas = [raw.meta for raw in raws if isinstance(raw, RawSample)]
+    missing = [key for key in wanted if not any(texts_under(meta, key) for meta in metas)]
+    if missing and metas:
+        there = sorted({key for meta in metas for key in meta if texts_under(meta, key)})
+        told = (
+            f"data.captions: none of {len(metas)} samples of {source.label} has a text under '{missing[0]}' "
+            f"of its JSON; there is text under {', '.join(there[:12]) or 'no key'}"
+        )
+        if not shards.is_remote:
+            raise UserError(f"{told}: name one of these or take the weight away")
+        log.warning("%s", told)
+
+
 def fingerprint(sources: Sequence[Source]) -> str:
     """Hash of what is trained on: of one whole data set its own, else of all and what is chosen of them."""
     if len(sources) == 1 and sources[0].selection is None:
@@ -74,10 +113,9 @@ def make_order(
     settings |= {"lanes": config.lanes, "window": config.window}
     if len(sources) == 1 and config.epoch_samples is None:
         return Order(sources[0].shard_sizes, **settings)
-    weights = [source.weight for source in sources if source.weight is not None]
     return Mixture(
         [source.shard_sizes for source in sources],
-        weights=weights or None,
+        weights=_weights(sources),
         epoch_samples=config.epoch_samples,
         **settings,
     )
@@ -86,24 +124,38 @@ def make_order(
 def resumed_order(order: AnyOrder, sources: Sequence[Source], state: Mapping[str, Any]) -> AnyOrder:
     """The order of a stored state. Raises UserError if data or settings are not the state's."""
     mine = order.state() | {"fingerprint": fingerprint(sources)}
-    told = {
-        "fingerprint": "data.train: the data is not that of the checkpoint; give the same shards and filters",
-        "seed": "seed: {0} is not the checkpoint's {1}; set it back",
-        "global_batch_size": "global_batch_size: {0} is not the checkpoint's {1}; set it back",
-        "quota": "data.train: the weights of the sources are not the checkpoint's; set them back",
-        "epoch_samples": "data.epoch_samples: {0} is not the checkpoint's {1}; set it back",
-    }
-    for key, message in told.items():
-        if key == "quota" and mine.get("lanes") != state.get("lanes"):
-            continue  # blocks of another size; the weights are compared once lanes are the state's
-        if state.get(key) != mine.get(key):
-            told_now = message.format(mine.get(key), state.get(key))
-            raise UserError(f"{told_now}, or start a new run from its weights")
+    _same(
+        mine,
+        state,
+        "fingerprint",
+        "data.train: the data is not that of the checkpoint; give the same shards and filters",
+    )
+    for key, name in (("seed", "seed"), ("global_batch_size",) * 2, ("epoch_samples", "data.epoch_samples")):
+        told = f"{name}: {mine.get(key)} is not the checkpoint's {state.get(key)}; set it back"
+        _same(mine, state, key, told)
     settings = {key: state[key] for key in ("seed", "global_batch_size", "lanes", "window")}
     if isinstance(order, Order):
         return Order(sources[0].shard_sizes, **settings)
+    settings["epoch_samples"] = state["epoch_samples"]
     sizes = [source.shard_sizes for source in sources]
-    return Mixture(sizes, state["quota"], epoch_samples=state["epoch_samples"], **settings)
+    asked = Mixture(sizes, weights=_weights(sources), **settings)  # blocks may have another size
+    _same(
+        asked.state(),
+        state,
+        "quota",
+        "data.train: the weights of the sources are not the checkpoint's; set them back",
+    )
+    return asked
+
+
+def _same(mine: Mapping[str, Any], state: Mapping[str, Any], key: str, told: str) -> None:
+    if mine.get(key) != state.get(key):
+        raise UserError(f"{told}, or start a new run from its weights")
+
+
+def _weights(sources: Sequence[Source]) -> list[float] | None:
+    """All weights, None where there are none."""
+    return [source.weight for source in sources if source.weight is not None] or None
 
 
 def describe(sources: Sequence[Source], order: AnyOrder) -> list[str]:
@@ -119,12 +171,27 @@ def describe(sources: Sequence[Source], order: AnyOrder) -> list[str]:
         )
         share = f", {weight:.2%} of every epoch" if isinstance(order, Mixture) else ""
         lines.append(f"{source.label}: {some}{share}")
+    epoch = order.steps_per_epoch * order.global_batch_size
     if isinstance(order, Mixture):
         passes = ", ".join(
-            f"{source.label} {weight * order.epoch_samples / source.shard_sizes.sum():.3g} times"
+            f"{source.label} {weight * epoch / source.shard_sizes.sum():.3g} times"
             for source, weight in zip(sources, weights, strict=True)
         )
-        lines.append(f"an epoch of {order.epoch_samples:,} samples goes through {passes}")
-    elif rest := int(sources[0].shard_sizes.sum()) - order.steps_per_epoch * order.global_batch_size:
+        lines.append(f"an epoch of {epoch:,} samples goes through {passes}")
+    elif rest := int(sources[0].shard_sizes.sum()) - epoch:
         lines.append(f"each epoch leaves out {rest:,} samples, fewer than a global batch, others each time")
+    if limit := _narrow(sources, order):
+        lines.append(limit)
     return lines
+
+
+def _narrow(sources: Sequence[Source], order: AnyOrder) -> str | None:
+    """A warning if a small source keeps the lanes of a large mixture few."""
+    if not isinstance(order, Mixture) or order.lanes == order.wanted_lanes:
+        return None
+    least = min(sources, key=lambda source: int(source.shard_sizes.sum()))
+    return (
+        f"{order.lanes} lanes instead of {order.wanted_lanes}, since {least.label} has only "
+        f"{int(least.shard_sizes.sum()):,} samples: batches come from fewer places in the large sets; leave "
+        "it out, or join it to another set"
+    )

@@ -103,7 +103,8 @@ class LaneOrder:
 
     def shards_from(self, epoch: int, lane: int, position: int, count: int) -> list[int]:
         """Shard numbers that a lane needs for ``count`` positions from ``position`` on and for the window
-        behind them, within this epoch, in the order of need."""
+        behind them, within this epoch, in the order of need. Where the epoch ends before, those of the next
+        one's first window follow."""
         windows, length = self._windows, self.lane_length
         last = min(position + count, length) - 1
         window, behind = (((at + 1) * windows - 1) // length for at in (position, last))
@@ -112,7 +113,10 @@ class LaneOrder:
         state = self._epoch(epoch)
         first, final = self._virtual(state, np.array([start, end - 1]))
         low, high = np.searchsorted(state.ends, [first, final], side="right")
-        return [int(shard) for shard in state.turn[low : high + 1] if self.sizes[shard]]
+        shards = [int(shard) for shard in state.turn[low : high + 1] if self.sizes[shard]]
+        if behind + 1 >= windows and position:
+            shards += self.shards_from(epoch + 1, lane, 0, 1)[:SHARDS_PER_WINDOW]
+        return list(dict.fromkeys(shards))
 
     def _shuffle(self, epoch: int, lane: Ints, position: Ints) -> Ints:
         """Positions in each lane to other positions in the same window."""

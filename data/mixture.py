@@ -81,7 +81,12 @@ class Mixture:
                 f"data.epoch_samples: {self.epoch_samples} must be at least the global batch of "
                 f"{global_batch_size}"
             )
-        self.lanes = self._default_lanes(shard_sizes, totals) if lanes is None else lanes
+        shards = sum(int((sizes > 0).sum()) for sizes in shard_sizes)
+        self.wanted_lanes = (
+            default_lanes(self.num_samples, shards, global_batch_size) if lanes is None else lanes
+        )
+        """Lanes as for one set of all shards; there are fewer where a source has fewer samples."""
+        self.lanes = self._fewer_lanes(min(totals)) if lanes is None else lanes
         check_lanes(self.lanes, global_batch_size)
         if (least := min(totals)) < self.lanes:
             raise UserError(
@@ -107,10 +112,9 @@ class Mixture:
         ]
         self._deal()
 
-    def _default_lanes(self, shard_sizes: Sequence[NDArray[np.int64]], totals: Sequence[int]) -> int:
-        """As for all shards as one set, and no more than the smallest source has samples."""
-        shards = sum(int((sizes > 0).sum()) for sizes in shard_sizes)
-        most = min(default_lanes(self.num_samples, shards, self.global_batch_size), min(totals))
+    def _fewer_lanes(self, least: int) -> int:
+        """The wanted lanes, and no more than the smallest source has samples."""
+        most = min(self.wanted_lanes, least)
         return next(n for n in range(most, 0, -1) if self.global_batch_size % n == 0)
 
     def _deal(self) -> None:

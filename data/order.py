@@ -69,7 +69,7 @@ class Order:
     ) -> None:
         """``shard_sizes``: samples in each shard, in the manifest's order. ``lanes`` and ``window`` (samples)
         follow from the data by default; a run stores them, for they are part of the order."""
-        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.shard_sizes = sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(sizes.sum())
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -111,7 +111,9 @@ class Order:
         """(0, shard) that these rows read in their present windows and the next, in the order of need."""
         lanes = range(rows.start // self.rows_per_lane, (rows.stop - 1) // self.rows_per_lane + 1)
         position = step * self.rows_per_lane
-        return in_turn([self._set.shards_from(epoch, lane, position, 1) for lane in lanes], source=0)
+        return in_turn(
+            [self._set.shards_from(epoch, lane, position, self.rows_per_lane) for lane in lanes], source=0
+        )
 
     def state(self) -> dict[str, Any]:
         """What makes the order, as JSON."""

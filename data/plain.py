@@ -148,12 +148,15 @@ class _PlainBatches(IterableDataset[Any]):
         self._place, self._global_batch_size = place, global_batch_size
         self._told: set[int] = set()  # tars whose faults were named
         self._lost: list[DamagedSample] = []
+        self._now = "data.train"  # the tar that is read
 
     def __iter__(self) -> Iterator[Batch | Failure]:
         try:
             yield from self._batches()
         except UserError as error:
             yield Failure(str(error))
+        except OSError as error:
+            yield Failure(f"{self._now} cannot be read: {error.strerror or error}; check the file system")
 
     def _batches(self) -> Iterator[Batch]:
         info, recipe = get_worker_info(), self._maker.recipe
@@ -165,6 +168,8 @@ class _PlainBatches(IterableDataset[Any]):
         samples = self._samples(recipe.rank * workers + worker, recipe.world_size * workers, epoch)
         while True:
             taken = list(itertools.islice(samples, rows.stop - rows.start))
+            if self._lost and recipe.on_bad == "raise":
+                raise UserError(f"{self._lost[0]}; set data.on_bad: mask to go on without what is lost")
             yield self._maker.plain_batch(taken, *divmod(number, steps_per_epoch), self._lost)
             self._lost.clear()
             number += workers
@@ -188,6 +193,7 @@ class _PlainBatches(IterableDataset[Any]):
         order = [self._tars[i] for i in np.argsort(keys, kind="stable").tolist()]
         mine = deal(order, consumer, consumers)
         for (tar, part, parts), (following, _, _) in zip(mine, [*mine[1:], mine[-1]], strict=True):
+            self._now = str(tar)
             with self._opener.open(tar) as file:
                 if following is not tar:
                     self._opener.ahead(following)
@@ -241,6 +247,8 @@ def open_plain(
     """
     if not isinstance(config.train, str):
         raise UserError("data.train: tars without an index cannot be mixed or filtered; index them first")
+    if config.lanes is not None or config.window is not None:
+        raise UserError("data.lanes and data.window: tars without an index have neither; leave them out")
     if config.epoch_samples is None or config.epoch_samples < global_batch_size:
         raise UserError(
             f"data.epoch_samples: {config.epoch_samples} must be at least the global batch of "

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ..configs.errors import UserError
 from .batches import Batch, BatchMaker, Failure, Recipe
 from .config import DataConfig
-from .datasets import Source, describe, fingerprint, make_order, open_sources, resumed_order
+from .datasets import Source, check_captions, describe, fingerprint, make_order, open_sources, resumed_order
 from .order import AnyOrder, Steps, rank_slice
 from .text import Tokenizer
 
@@ -219,6 +219,8 @@ def open_stream(
         more: dict[str, Any] = {"image_size": image_size, "tokenizer": tokenizer, "pin_memory": pin_memory}
         return open_plain(config, rank=rank, world_size=world_size, **settings, **more)
     sources = open_sources(config)
+    for source in sources:
+        check_captions(source)
     order = make_order(config, sources, **settings)
     recipe = Recipe(
         image_size, config.augment, config.captions, config.max_pixels, config.on_bad, rank, world_size

@@ -18,6 +18,8 @@ from .order import AnyOrder, Places, Steps, rank_slice
 
 __all__ = ["trace_lines"]
 
+MOST_EPOCHS = 1_000_000  # with more, positions might not fit into 64 bits
+
 
 def trace_lines(
     config: DataConfig,
@@ -48,12 +50,16 @@ def trace_lines(
         )
     if epoch < 0 or workers < 0:
         raise UserError(f"--epoch and --workers must not be negative, but are {epoch} and {workers}")
+    if epoch >= MOST_EPOCHS:
+        raise UserError(f"--epoch: {epoch} must be below {MOST_EPOCHS}")
     if not 0 <= start < order.steps_per_epoch:
         raise UserError(
             f"--start: {start} must be between 0 and {order.steps_per_epoch - 1}, the epoch's last step"
         )
     count = order.steps_per_epoch - start if steps is None else steps
-    ranks = [_rank(order, rank, world_size, workers, epoch, start) for rank in range(world_size)]
+    count_of_copies = max(1, min(workers, count, 8))  # more would show nothing more
+    copies = [copy.deepcopy(order) for _ in range(count_of_copies)]
+    ranks = [_rank(copies, rank, world_size, epoch, start) for rank in range(world_size)]
     for place, *shares in zip(Steps(epoch, start, order.steps_per_epoch), *ranks, strict=False):
         if count == 0:
             return
@@ -69,11 +75,8 @@ def _ids(sources: list[Source], shares: list[Places]) -> dict[str, Any]:
     return {"sample_ids": ids.tolist()} | ({"sources": source.tolist()} if len(sources) > 1 else {})
 
 
-def _rank(
-    order: AnyOrder, rank: int, world_size: int, workers: int, epoch: int, start: int
-) -> Iterator[Places]:
-    """A rank's shares, dealt in turn to workers that each have a copy of the order, as a DataLoader does."""
-    rows = rank_slice(rank, world_size, order.global_batch_size)
-    copies: list[AnyOrder] = [copy.deepcopy(order) for _ in range(max(1, workers))]
-    for number, place in enumerate(Steps(epoch, start, order.steps_per_epoch)):
+def _rank(copies: list[AnyOrder], rank: int, world_size: int, epoch: int, start: int) -> Iterator[Places]:
+    """A rank's shares, dealt in turn to workers that have copies of the order, as a DataLoader does."""
+    rows = rank_slice(rank, world_size, copies[0].global_batch_size)
+    for number, place in enumerate(Steps(epoch, start, copies[0].steps_per_epoch)):
         yield copies[number % len(copies)].places(*place, rows)

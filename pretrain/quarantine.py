@@ -39,8 +39,9 @@ class Quarantine:
         Raises UserError, on every rank, past what is allowed.
         """
         everyone = [row for part in distributed.gather_json(list(bad), device=device) for row in part]
-        rows = [{**row, "step": step} for row in everyone if _sample(row) not in self._known]
-        self._known |= {_sample(row) for row in rows}
+        new = {_sample(row): {**row, "step": step} for row in everyone}
+        rows = [row for sample, row in new.items() if sample not in self._known]
+        self._known |= new.keys()
         if distributed.rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -48,8 +49,8 @@ class Quarantine:
             first = ", ".join(f"{row['key']} in {row['shard']} ({row['reason']})" for row in everyone[:3])
             raise UserError(
                 f"data.max_bad_fraction: {self.count} samples are damaged after {samples_seen} seen, more "
-                f"than it allows, for instance {first}; all are named in {self.path}: run `diptych data "
-                "verify` on the shards, mend or remove them, or raise the limit"
+                f"than it allows, for instance {first}; all are named in {self.path}: raise the limit to go "
+                "on, or mend the shards (`diptych data verify`) and start a new run from the weights"
             )
 
 

@@ -23,6 +23,8 @@ FREE = (
     "data.start_method",
     "data.cache_gb",
     "data.cache",
+    "data.on_bad",
+    "data.max_bad_fraction",
     "train.device",
     "train.threads",
     "train.log_every_steps",
@@ -67,7 +69,13 @@ def open_run(config: PretrainConfig) -> Path:
 
 
 def _plain(config: PretrainConfig) -> Any:
-    return json.loads(config.model_dump_json())
+    """The config as plain values, without where data and lists of keys lie: a checkpoint knows the data by
+    its content."""
+    plain = json.loads(config.model_dump_json())
+    sources = [json.loads(source.model_dump_json()) for source in config.data.sources]
+    places = ("data", "name", "keep", "drop")
+    plain["data"]["train"] = [{k: v for k, v in one.items() if k not in places} for one in sources]
+    return plain
 
 
 def _is_free(key: str) -> bool:

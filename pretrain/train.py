@@ -90,6 +90,7 @@ class _Run:
         with together(device):
             self._build_model()
             self._open_data()
+        self._check_data()
         self._build_engine()
         self._open_folder()
 
@@ -117,6 +118,15 @@ class _Run:
             pin_memory=self.device.type == "cuda",
         )
         self.total_steps = self._total_steps()
+
+    def _check_data(self) -> None:
+        """All ranks must have opened the same: on another node a path or a list of keys may be another."""
+        states = distributed.gather_json(self.stream.state_dict(), device=self.device)
+        if odd := [rank for rank, state in enumerate(states) if state != states[0]]:
+            raise UserError(
+                f"data.train: rank {odd[0]} has other data than rank 0 ({len(odd)} of {len(states)} ranks "
+                "differ from it); give all nodes the same shards and lists of keys"
+            )
 
     def _build_engine(self) -> None:
         config = self.config
@@ -169,8 +179,7 @@ class _Run:
         clock = Clock(state.samples_seen)
         self.model.train()
         while state.step < self.total_steps and not stopping:
-            with clock.waiting():
-                batch, stopping = self._next(batches, stop)
+            batch, stopping = self._next(batches, stop, clock)
 
             # -- one step: features, loss over the global batch, averaged gradients, update
             lr = lr_at(
@@ -219,12 +228,13 @@ class _Run:
         assert saved == state.step
         return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
 
-    def _next(self, batches: Iterator[Batch], stop: StopRequest) -> tuple[Batch, bool]:
+    def _next(self, batches: Iterator[Batch], stop: StopRequest, clock: Clock) -> tuple[Batch, bool]:
         """This rank's next batch and whether to stop after it. A failure on one rank is raised on all."""
         batch: Batch = {}
         problem = ""
         try:
-            batch = next(batches)
+            with clock.waiting():
+                batch = next(batches)
         except UserError as error:
             problem = str(error)
         bad = batch.get("bad", [])

@@ -190,6 +190,21 @@ def test_a_run_does_not_go_on_with_another_mixture(
         stream_of(changed, **(SETTINGS | others)).load_state_dict(state)
 
 
+def test_what_differs_from_the_checkpoint_is_told_by_its_name(sets: list[dict[str, Any]]) -> None:
+    alone = [{"data": sets[0]["data"]}]
+    own, whole = SETTINGS | {"epoch_samples": 24}, SETTINGS | {"epoch_samples": None}
+    for old, new in ((own, whole), (whole, own)):
+        with pytest.raises(UserError, match=r"data\.epoch_samples"):
+            stream_of(alone, **new).load_state_dict(stream_of(alone, **old).state_dict())
+    state = stream_of(sets, **SETTINGS).state_dict()
+    others = [{**one, "weight": 1.0} for one in sets]
+    with pytest.raises(UserError, match="the weights of the sources"):
+        stream_of(others, **(SETTINGS | {"lanes": 2})).load_state_dict(state)
+    stream = stream_of(sets, **(SETTINGS | {"lanes": 2}))
+    stream.load_state_dict(state)
+    assert stream.state_dict() == state
+
+
 def test_one_source_may_have_an_epoch_of_its_own_length(sets: list[dict[str, Any]]) -> None:
     stream = stream_of([{"data": sets[0]["data"]}], **(SETTINGS | {"epoch_samples": 30}))
     assert stream.steps_per_epoch == 2
@@ -276,3 +291,9 @@ epoch_samples: 1000000
     assert [source.label for source in config.sources] == ["train", "cc12m"]
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(DataConfig, tmp_path / "again.yaml") == config
+
+
+def test_a_caption_key_that_no_sample_has_is_refused_with_those_there_are(sets: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"text under 'alt_txt' of its JSON; there is text under names, tags"):
+        stream_of(sets[:1], captions=CaptionConfig(txt=1.0, fields={"alt_txt": 1.0}))
+    stream_of(sets[:1], captions=CaptionConfig(txt=1.0, fields={"alt_txt": 0.0}))

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from diptych.configs.errors import UserError
@@ -53,23 +53,28 @@ def mixtures(draw: st.DrawFn, least: int = 1, rows: tuple[int, int] = (1, 8)) ->
 @settings(deadline=None, max_examples=40)
 @given(mixture=mixtures())
 def test_a_source_gives_each_sample_once_per_epoch_of_its_own(mixture: Mixture) -> None:
-    places = every_place(mixture, 2)
+    places = every_place(mixture, 3)
+    lane = np.arange(len(places.source)) % mixture.global_batch_size // mixture.rows_per_lane
     for source, sizes in enumerate(mixture.sizes):
         mine = places.source == source
-        unfinished = lanes_in(mixture, places.epoch[mine])
+        # lanes finish an epoch at different steps; none goes back
+        finished = min(places.epoch[mine & (lane == one)].max(initial=0) for one in range(mixture.lanes))
         for epoch in np.unique(places.epoch[mine]).tolist():
             ordinals = places.ordinal[mine & (places.epoch == epoch)]
             rest = mixture.rest(source, epoch)
             assert len(rest) < mixture.lanes
             found = np.sort(np.concatenate([ordinals, rest]))
             assert len(np.unique(found)) == len(found)
-            if epoch < unfinished:
+            if epoch < finished:
+                event("a finished epoch")
                 assert np.array_equal(found, np.arange(sizes.sum()))
 
 
-def lanes_in(mixture: Mixture, epochs: np.ndarray) -> int:
-    """The first epoch of a source that some lane may not have finished."""
-    return int(epochs.max(initial=0)) - 1 - mixture.lanes
+def test_a_small_source_that_keeps_lanes_few_is_known() -> None:
+    large = np.full(2000, 1000)
+    mixture = Mixture([large, np.array([40])], seed=0, global_batch_size=256)
+    assert (mixture.wanted_lanes, mixture.lanes) == (128, 32)
+    assert Mixture([large, large], seed=0, global_batch_size=256).lanes == 256
 
 
 def test_a_lane_goes_through_a_source_in_order_and_never_back() -> None:

@@ -154,6 +154,30 @@ def test_shuffling_keeps_to_its_lane_and_window() -> None:
             assert np.array_equal(part, 500 * lane + 100 * window + np.arange(100))
 
 
+@settings(deadline=None, max_examples=30)
+@given(order=orders(), epoch=st.integers(0, 50), data=st.data())
+def test_shards_ahead_are_those_that_are_read_now_and_next(
+    order: Order, epoch: int, data: st.DataObject
+) -> None:
+    batch, steps = order.global_batch_size, order.steps_per_epoch
+    start = data.draw(st.integers(0, batch - 1))
+    rows = slice(start, data.draw(st.integers(start + 1, batch)))
+    step = data.draw(st.integers(0, steps - 1))
+    ahead = order.shards_ahead(epoch, step, rows)
+    assert len(set(ahead)) == len(ahead)
+    ends = np.cumsum(order.shard_sizes)
+    read = np.searchsorted(ends, order.places(epoch, step, rows).ordinal, side="right")
+    assert {(0, int(shard)) for shard in read} <= set(ahead)
+
+
+def test_shards_of_the_next_epoch_are_known_before_it_begins() -> None:
+    order = Order([100] * 400, seed=0, global_batch_size=64, lanes=4, window=300)
+    rows, last = slice(0, 64), order.steps_per_epoch - 2
+    begins = np.concatenate([order.global_batch(1, step) for step in range(3)]) // 100
+    ahead = {shard for _, shard in order.shards_ahead(0, last, rows)}
+    assert len(set(begins.tolist()) - ahead) <= 1  # windows are cut at samples, shards are whole
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -367,3 +367,19 @@ def test_samples_written_by_the_shard_writer_are_plain_tars_too(tmp_path: Path) 
     with (tmp_path / "00000.tar").open("rb") as file:
         got = list(read_tar(file, Tar(0, "00000.tar"), []))
     assert [(raw.key, raw.image, raw.extension, raw.caption, raw.meta) for raw in got] == content
+
+
+def test_a_cut_tar_stops_a_run_that_wants_to_know(tmp_path: Path) -> None:
+    first, _ = write_tars(tmp_path / "set", [6, 6])
+    offset, _ = member_offsets(first)["00004.png"]
+    first.write_bytes(first.read_bytes()[:offset])
+    stream = stream_of(tmp_path / "set", batch=4, on_bad="raise")
+    with pytest.raises(UserError, match=r"000.tar: .*truncated.*set data.on_bad: mask"):
+        take(stream, 4)
+    stream.close()
+
+
+def test_settings_of_an_order_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    write_tars(tmp_path / "set", [6])
+    with pytest.raises(UserError, match=r"data.lanes and data.window"):
+        stream_of(tmp_path / "set", batch=4, lanes=2)

@@ -309,8 +309,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> Counter[int]:
 def test_a_disk_that_fails_for_a_while_is_asked_again(
     corpus: Path, truth: list[Batch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    stream = stream_of(corpus)
     tried = failing(monkeypatch, times=3)
-    assert all_same(global_batches([stream_of(corpus)], 2), truth[:2])
+    assert all_same(global_batches([stream], 2), truth[:2])
     assert set(tried.values()) == {4}
     assert "Stale file handle; trying again" in caplog.text
 
@@ -319,8 +320,8 @@ def test_a_disk_that_fails_for_a_while_is_asked_again(
 def test_a_disk_that_fails_for_good_stops_the_run_with_the_files_name(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    failing(monkeypatch, times=10**6)
     stream = stream_of(corpus, workers=workers)
+    failing(monkeypatch, times=10**6)
     with pytest.raises(UserError, match=rf"{corpus}/0000\d\.tar cannot be read after 6 tries: Stale file"):
         next(stream)
     stream.close()

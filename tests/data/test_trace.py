@@ -40,6 +40,7 @@ def test_mistakes_are_told_in_a_sentence(corpus: Path) -> None:
         ({"start": 6}, "--start: 6 must be between 0 and 5"),
         ({"world_size": 9}, "--world-size: 9 must be between 1 and the global batch of 8"),
         ({"epoch": -1}, "must not be negative"),
+        ({"epoch": 10**19}, "--epoch: 10000000000000000000 must be below"),
         ({"workers": -1}, "must not be negative"),
     ]:
         with pytest.raises(UserError, match=words):

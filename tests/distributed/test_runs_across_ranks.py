@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,34 @@ def test_an_error_on_one_rank_is_one_sentence(config: Path, tmp_path: Path) -> N
     told = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
     assert "/no/where" in told[0]
+
+
+def test_ranks_with_other_data_are_told_before_training(config: Path, tmp_path: Path) -> None:
+    """On another node the same path may hold another set."""
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home, split in zip(homes, ("train", "val"), strict=True):
+        home.mkdir()
+        (home / "set").symlink_to(config.parent / "data" / split)
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys\n"
+        f"os.environ['HOME'] = {[str(home) for home in homes]}[int(os.environ['RANK'])]\n"
+        "from diptych.cli.main import main\n"
+        "sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
+    )
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(script), str(config), f"out={tmp_path / 'run'}", "data.train=~/set"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "data.train: rank 1 has other data than rank 0 (1 of 2 ranks differ" in told[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
