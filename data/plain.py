@@ -92,6 +92,10 @@ class PlainStream(Stream):
         """What is trained on, in lines for people."""
         return [f"{len(self._tars)} tars without an index; {self.num_samples} samples are called an epoch"]
 
+    def close(self) -> None:
+        """Stop the workers. What goes on afterwards begins this pass through the tars anew."""
+        super().close()
+
     def _hint(self) -> None:
         """Workers look ahead themselves."""
 
