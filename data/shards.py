@@ -10,9 +10,8 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +60,7 @@ class DamagedSample(Exception):
         return f"{self.shard}: sample '{self.key}' is damaged ({self.reason})"
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """One sample as stored: ``image`` in the format ``extension`` ("jpg", "png" or "webp"), not decoded."""
 
     key: str
@@ -311,14 +309,14 @@ class ShardSet:
 def _spans(record: Record) -> list[tuple[int, int]]:
     """Offset and size of what is read for a record: one block where image, caption and JSON lie together, as
     they do, else each."""
-    parts = [
+    start, end = _block(record)
+    if end - start <= record.image_size + record.caption_size + record.json_size + 8192:
+        return [(start, end - start)]
+    return [
         (record.image_offset, record.image_size),
         (record.caption_offset, record.caption_size),
         (record.json_offset, record.json_size),
     ]
-    start, end = _block(record)
-    together = end - start <= record.image_size + record.caption_size + record.json_size + 8192
-    return [(start, end - start)] if together else parts
 
 
 def _block(record: Record) -> tuple[int, int]:
@@ -337,7 +335,9 @@ def _members(record: Record, block: bytes) -> tuple[bytes, bytes, bytes]:
     """Image, caption and JSON bytes of a record, shorter where the file ends before them."""
     start, _ = _block(record)
     image, caption, meta = (
-        at - start for at in (record.image_offset, record.caption_offset, record.json_offset)
+        record.image_offset - start,
+        record.caption_offset - start,
+        record.json_offset - start,
     )
     return (
         block[image : image + record.image_size],
