@@ -19,7 +19,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-BENCHMARKS := loader shuffle_quality order_scale remote
+BENCHMARKS := loader shards remote shuffle_quality order_scale
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
