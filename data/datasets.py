@@ -1,7 +1,6 @@
 """The data sets of a run, opened: shards, what a filter leaves of them, and the order over all."""
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,6 @@ __all__ = [
     "open_sources",
     "resumed_order",
 ]
-
-log = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
 
@@ -66,32 +63,34 @@ def open_sources(config: DataConfig, *, check_files: bool = True) -> list[Source
     return sources
 
 
-def check_captions(source: Source) -> None:
-    """Raises UserError if none of some samples has a text under a JSON key that captions are to be drawn
-    from: a key that is misspelt would mean another training than the one that was asked for.
+def check_captions(source: Source) -> list[str]:
+    """What to say of JSON keys that captions are to be drawn from and none of some samples has.
 
-    Of a local set the samples are spread over all, of a remote one they are the first, which may be of one
-    kind: there it is a warning.
+    A key of ``fields`` that is misspelt would mean another training than the one that was asked for: raises
+    UserError. Of a remote set the first samples are looked at, which may be of one kind, and ``names`` and
+    ``tags`` are taken where there are any: of these a line is returned.
     """
     wanted = source.captions.keys()
     if not wanted:
-        return
+        return []
     shards, total = source.shards, int(source.shard_sizes.sum())
-    ordinals = np.unique(
-        np.linspace(0, min(total, LOOKED_AT if shards.is_remote else total) - 1, LOOKED_AT).round()
-    )
-    raws, _ = read_many_retrying(shards, source.sample_ids(ordinals.astype(np.int64)).tolist())
+    among = min(total, LOOKED_AT) if shards.is_remote else total
+    ordinals = np.unique(np.linspace(0, among - 1, LOOKED_AT).round().astype(np.int64))
+    raws, _ = read_many_retrying(shards, source.sample_ids(ordinals).tolist())
     metas = [raw.meta for raw in raws if isinstance(raw, RawSample)]
-    missing = [key for key in wanted if not any(texts_under(meta, key) for meta in metas)]
-    if missing and metas:
-        there = sorted({key for meta in metas for key in meta if texts_under(meta, key)})
+    lines: list[str] = []
+    for key in wanted if metas else ():
+        if any(texts_under(meta, key) for meta in metas):
+            continue
+        there = sorted({name for meta in metas for name in meta if texts_under(meta, name)})
         told = (
-            f"data.captions: none of {len(metas)} samples of {source.label} has a text under '{missing[0]}' "
-            f"of its JSON; there is text under {', '.join(there[:12]) or 'no key'}"
+            f"none of {len(metas)} samples of {source.label} has a text under '{key}' of its JSON; there is "
+            f"text under {', '.join(there[:12]) or 'no key'}"
         )
-        if not shards.is_remote:
-            raise UserError(f"{told}: name one of these or take the weight away")
-        log.warning("%s", told)
+        if key in source.captions.fields and not shards.is_remote:
+            raise UserError(f"data.captions: {told}: name one of these or take the weight away")
+        lines.append(told)
+    return lines
 
 
 def fingerprint(sources: Sequence[Source]) -> str:

@@ -46,8 +46,11 @@ class Stream(Iterator[Batch]):
         *,
         seed: int,
         pin_memory: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
+        """``notes``: what else ``describe`` is to say."""
         self._sources, self._order, self._tokenizer = list(sources), order, tokenizer
+        self._notes = list(notes)
         self._seed = seed
         self._recipe, self._config = recipe, config
         self._pin_memory = pin_memory
@@ -70,8 +73,9 @@ class Stream(Iterator[Batch]):
         return self._order
 
     def describe(self) -> list[str]:
-        """What is trained on, in lines for people: samples, shares, and what an epoch leaves out."""
-        return describe(self._sources, self._order)
+        """What is trained on, in lines for people: samples, shares, what an epoch leaves out, captions that
+        are missing."""
+        return [*describe(self._sources, self._order), *self._notes]
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -219,10 +223,9 @@ def open_stream(
         more: dict[str, Any] = {"image_size": image_size, "tokenizer": tokenizer, "pin_memory": pin_memory}
         return open_plain(config, rank=rank, world_size=world_size, **settings, **more)
     sources = open_sources(config)
-    for source in sources:
-        check_captions(source)
+    notes = [line for source in sources for line in check_captions(source)]
     order = make_order(config, sources, **settings)
     recipe = Recipe(
         image_size, config.augment, config.captions, config.max_pixels, config.on_bad, rank, world_size
     )
-    return Stream(sources, order, tokenizer, recipe, config, seed=seed, pin_memory=pin_memory)
+    return Stream(sources, order, tokenizer, recipe, config, seed=seed, pin_memory=pin_memory, notes=notes)

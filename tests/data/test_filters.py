@@ -159,7 +159,6 @@ def test_a_filter_is_worked_out_once_and_anew_when_its_file_changes(shards: Shar
         ("mixed.jsonl", b'{"key": "a", "shard": "b"}\n{"key": "c"}\n', "some rows name a shard"),
         ("nobody.txt", b"somebody\n", "keep: none of the keys in "),
         ("number.jsonl", b'{"key": "key-001", "shard": 0}\n', "shard 0 is no text"),
-        ("long.csv", b"key\n" + b"x" * 200_000 + b"\n", "field larger than field limit"),
     ],
 )
 def test_files_that_will_not_do_are_told_in_a_sentence(
@@ -171,6 +170,16 @@ def test_files_that_will_not_do_are_told_in_a_sentence(
         select(shards, FilterConfig(keep=str(tmp_path / name)))
     assert words in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_table_that_csv_refuses_is_told_in_a_sentence(shards: ShardSet, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("key\n" + "x" * 200_000 + "\n")
+    limit = csv.field_size_limit(1000)
+    try:
+        with pytest.raises(UserError, match=r"long.csv cannot be read .*field larger than field limit"):
+            select(shards, FilterConfig(keep=str(tmp_path / "long.csv")))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def test_a_pickled_array_is_not_opened(shards: ShardSet, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from diptych.data.captions import CaptionConfig, choose_caption
 from diptych.data.config import DataConfig, SourceConfig
 from diptych.data.decode import decode_image
 from diptych.data.mixture import Mixture
-from diptych.data.shards import open_shards
+from diptych.data.shards import ShardWriter, open_shards
 from diptych.data.text import caption_hash
 from diptych.data.trace import trace_lines
 
+from .images import photo, stored
 from .stream_corpus import (
     AUGMENT,
     CAPTIONS,
@@ -297,3 +298,15 @@ def test_a_caption_key_that_no_sample_has_is_refused_with_those_there_are(sets: 
     with pytest.raises(UserError, match=r"text under 'alt_txt' of its JSON; there is text under names, tags"):
         stream_of(sets[:1], captions=CaptionConfig(txt=1.0, fields={"alt_txt": 1.0}))
     stream_of(sets[:1], captions=CaptionConfig(txt=1.0, fields={"alt_txt": 0.0}))
+    stream = stream_of(sets[:1], captions=CaptionConfig(names=1.0, tags=0.0))
+    assert not any("has a text under" in line for line in stream.describe())
+
+
+def test_names_and_tags_that_are_not_there_are_said(tmp_path: Path) -> None:
+    """A recipe for data that has them serves data that has none."""
+    with ShardWriter(tmp_path / "bare") as writer:
+        for i in range(9):
+            writer.write(f"{i}", stored(photo(20, 20, seed=i), "PNG"), "png", "a caption", {"alt": "another"})
+    lines = stream_of([{"data": str(tmp_path / "bare")}]).describe()
+    told = "none of 9 samples of bare has a text under '{}' of its JSON; there is text under alt"
+    assert lines[-2:] == [told.format("names"), told.format("tags")]
