@@ -185,8 +185,8 @@ def _choose(shards: ShardSet, config: FilterConfig, tree: Any) -> Iterator[NDArr
             matched[which] += int(matches.sum())
             chosen &= matches == (which == "keep")
         yield chosen
-    for which, file, _ in lists:
-        if not matched[which]:
+    for which, file, keys in lists:
+        if keys and not matched[which]:
             raise UserError(f"{which}: none of the keys in {file} is in {shards.folder}; see {_FORMS}")
 
 
@@ -197,8 +197,13 @@ class _Keys:
         self._hashes = np.unique(hashes)
         self._with_shards, self._uids = with_shards, uids
 
+    def __len__(self) -> int:
+        return len(self._hashes)
+
     def matches(self, shards: ShardSet, shard: int, name: str, usable: NDArray[np.void]) -> NDArray[np.bool_]:
         """Which of a shard's usable samples are among the keys, bool [n]."""
+        if not len(self._hashes):
+            return np.zeros(len(usable), dtype=np.bool_)
         if self._uids:
             first = int(shards.shard_sizes[:shard].sum())
             hashes = _hash_uids([_uid_of(shards, first + i) for i in range(len(usable))])
@@ -251,7 +256,7 @@ def read_keys(file: str) -> _Keys:
     except (OSError, ValueError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path} cannot be read as a list of keys ({reason}); give {_FORMS}") from error
-    if not count:
+    if not count and path.suffix.lower() != ".parquet":  # a table with no rows says what it means
         raise UserError(f"{path} lists no keys; give {_FORMS}")
     return keys
 

@@ -265,3 +265,14 @@ def test_a_selection_is_pickled_with_its_counts(shards: ShardSet) -> None:
     twin = pickle.loads(pickle.dumps(selection))
     assert np.array_equal(twin.shard_sizes, selection.shard_sizes)
     assert np.array_equal(twin.sample_ids(np.arange(5)), selection.sample_ids(np.arange(5)))
+
+
+def test_a_comparison_that_found_nothing_drops_nothing(shards: ShardSet, tmp_path: Path) -> None:
+    """``diptych data verify --against --write-filter`` writes a table without rows then."""
+    file = tmp_path / "drop.parquet"
+    pyarrow.parquet.write_table(
+        pa.table({"key": pa.array([], pa.string()), "shard": pa.array([], pa.string())}), file
+    )
+    assert chosen(shards, drop=str(file)) == list(range(N))
+    with pytest.raises(UserError, match="none is left by keep"):
+        chosen(shards, keep=str(file))
