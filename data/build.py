@@ -23,7 +23,7 @@ from xxhash import xxh3_64_hexdigest
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from .engine import Engine, Progress, here, quiet, run_tasks
-from .index import ShardRow, fingerprint, idx_path, make_row, map_index
+from .index import MANIFEST, ShardRow, fingerprint, idx_path, make_row, map_index
 from .parts import END_BYTES, Made, Part, PartRow, Piece, Settings, make_part
 from .recode import Recode
 from .repeats import HashColumn
@@ -125,6 +125,7 @@ def build_shards(
         opened = [open_source(source, columns, root, limits) for source in sources]
         return _parts(report.sources, opened, samples_per_shard)
 
+    _refuse_other_shape(out, val_fraction)
     settings = Settings(out / STAGING, val_fraction, decode, limits, recode or Recode())
     try:
         with _staged(out, settings, overwrite=overwrite), progress("building", 0) as advance:
@@ -308,6 +309,16 @@ def _join(staging: Path, path: Path, run: Sequence[Piece]) -> ShardRow:
         for piece in run:
             shard.extend(staging / piece.name, piece.payload)
         return shard.finish()
+
+
+def _refuse_other_shape(out: Path, val_fraction: float) -> None:
+    """One set around another's train and val, or the other way round, would train on what is held out."""
+    if val_fraction and (out / MANIFEST).exists():
+        raise UserError(f"{out} holds a set of shards itself; choose another folder for train and val")
+    if not val_fraction and (inside := [n for n in ("train", "val") if (out / n / MANIFEST).exists()]):
+        raise UserError(
+            f"{out} holds {' and '.join(inside)} already; give --val-fraction again, or choose another folder"
+        )
 
 
 def _check_limit(report: BuildReport, max_bad_fraction: float) -> None:

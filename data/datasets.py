@@ -97,11 +97,28 @@ def fingerprint(sources: Sequence[Source]) -> str:
     """Hash of what is trained on: of one whole data set its own, else of all and what is chosen of them."""
     if len(sources) == 1 and sources[0].selection is None:
         return sources[0].shards.fingerprint
-    parts = [
-        f"{source.shards.fingerprint} {'' if source.selection is None else source.selection.digest}"
+    return hashlib.sha256("\n".join(" ".join(part) for part in parts(sources)).encode()).hexdigest()
+
+
+def parts(sources: Sequence[Source]) -> list[list[str]]:
+    """Of each source the hashes of its shards and of its filter, which is empty where there is none: what the
+    fingerprint is made of, where it is not one set's own."""
+    return [
+        [source.shards.fingerprint, "" if source.selection is None else source.selection.digest]
         for source in sources
     ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _what_differs(sources: Sequence[Source], stored: Sequence[Sequence[str]] | None) -> str:
+    """In words, what of the data is not a stored state's; ``stored``: its ``parts``, if it has them."""
+    mine = parts(sources)
+    if stored is None or len(stored) != len(mine):
+        return "the data is not that of the checkpoint; give the same shards and filters"
+    which = next(i for i, (a, b) in enumerate(zip(mine, stored, strict=True)) if a != list(b))
+    label = sources[which].label
+    if mine[which][0] != stored[which][0]:
+        return f"the shards of {label} are not those of the checkpoint; give the same"
+    return f"the filter of {label} does not choose what the checkpoint's chose; give the same one"
 
 
 def make_order(
@@ -123,12 +140,9 @@ def make_order(
 def resumed_order(order: AnyOrder, sources: Sequence[Source], state: Mapping[str, Any]) -> AnyOrder:
     """The order of a stored state. Raises UserError if data or settings are not the state's."""
     mine = order.state() | {"fingerprint": fingerprint(sources)}
-    _same(
-        mine,
-        state,
-        "fingerprint",
-        "data.train: the data is not that of the checkpoint; give the same shards and filters",
-    )
+    if mine["fingerprint"] != state.get("fingerprint"):
+        told = f"data.train: {_what_differs(sources, state.get('parts'))}"
+        _same(mine, state, "fingerprint", told)
     for key, name in (("seed", "seed"), ("global_batch_size",) * 2, ("epoch_samples", "data.epoch_samples")):
         told = f"{name}: {mine.get(key)} is not the checkpoint's {state.get(key)}; set it back"
         _same(mine, state, key, told)

@@ -189,7 +189,8 @@ class _PlainBatches(IterableDataset[Any]):
             if empty:
                 raise UserError(
                     f"data.train: worker {consumer + 1} of {consumers} found no sample with an image and a "
-                    "'.txt' in its tars; look at them with `diptych data index`, or lower data.workers"
+                    "'.txt' in its tars; index them with `diptych data index` (--caption-key where captions "
+                    "are in the JSON), or lower data.workers"
                 )
 
     def _pass(self, turn: int, consumer: int, consumers: int) -> Iterator[RawSample]:
@@ -254,10 +255,10 @@ def open_plain(
     if config.lanes is not None or config.window is not None:
         raise UserError("data.lanes and data.window: tars without an index have neither; leave them out")
     if config.epoch_samples is None or config.epoch_samples < global_batch_size:
+        given = "it must be given" if config.epoch_samples is None else f"{config.epoch_samples} is too few"
         raise UserError(
-            f"data.epoch_samples: {config.epoch_samples} must be at least the global batch of "
-            f"{global_batch_size}, since nobody has counted the tars of {config.train}; or index them with "
-            "`diptych data index`"
+            f"data.epoch_samples: {given}, at least the global batch of {global_batch_size}, since nobody has "
+            f"counted the tars of {config.train}; or index them with `diptych data index`"
         )
     tars = _tars(config.train)
     remote = any(as_url(tar.place) is not None for tar in tars)

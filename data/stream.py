@@ -16,7 +16,16 @@ from torch.utils.data import DataLoader
 from ..configs.errors import UserError
 from .batches import Batch, BatchMaker, Failure, Recipe
 from .config import DataConfig
-from .datasets import Source, check_captions, describe, fingerprint, make_order, open_sources, resumed_order
+from .datasets import (
+    Source,
+    check_captions,
+    describe,
+    fingerprint,
+    make_order,
+    open_sources,
+    parts,
+    resumed_order,
+)
 from .order import AnyOrder, Steps, rank_slice
 from .text import Tokenizer
 
@@ -145,7 +154,10 @@ class Stream(Iterator[Batch]):
         """The place after the last batch that was yielded, as JSON; batches made ahead do not count. It is
         the same on all ranks."""
         place = {"epoch": self._epoch, "step": self._step}
-        return place | self._order.state() | {"fingerprint": fingerprint(self._sources)}
+        hashes: dict[str, Any] = {"fingerprint": fingerprint(self._sources)}
+        if hashes["fingerprint"] != self._sources[0].shards.fingerprint:
+            hashes["parts"] = parts(self._sources)
+        return place | self._order.state() | hashes
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, of any number of ranks and workers. Lanes and window are the state's.

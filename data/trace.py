@@ -15,6 +15,7 @@ from ..configs.errors import UserError
 from .config import DataConfig
 from .datasets import Source, make_order, open_sources, resumed_order
 from .order import AnyOrder, Places, Steps, rank_slice
+from .plain import is_plain
 
 __all__ = ["trace_lines"]
 
@@ -41,6 +42,12 @@ def trace_lines(
     read, and indexes where there is a filter. Raises UserError if the data cannot be opened or ``start`` lies
     past the epoch.
     """
+    for source in config.sources:
+        if is_plain(source.data):
+            raise UserError(
+                f"{source.data}: tars without an index have no order to print; index them with "
+                "`diptych data index`"
+            )
     sources = open_sources(config, check_files=False)
     order = make_order(config, sources, seed=seed, global_batch_size=global_batch_size)
     order = order if state is None else resumed_order(order, sources, state)

@@ -149,6 +149,8 @@ def parse_rows(
         if name not in columns:
             near = get_close_matches(name, list(columns), n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(map(str, columns))}"
+            if key == "data.split":
+                hint += "; null makes a split by chance, the same each time"
             raise UserError(f"{key}: {source} has no column '{name}'; {hint}")
         return columns[name]
 

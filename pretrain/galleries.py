@@ -57,18 +57,26 @@ def data_root(checkpoint: str | Path, data: str | None) -> Path:
 
 
 def _root_of_run(path: Path) -> Path:
+    """Where a run's config says to evaluate: ``evaluate.data``, or the corpus that it or the training data is
+    part of."""
     config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    named: list[Path] = []
-    for section, key in (("data", "train"), ("evaluate", "data")):
-        value = (config.get(section) or {}).get(key) if isinstance(config, dict) else None
-        if isinstance(value, str):
-            named.append(resolve_data_path(value))
-    for folder in named:
+    sections: dict[str, Any] = config if isinstance(config, dict) else {}
+    held_out = (sections.get("evaluate") or {}).get("data")
+    train = (sections.get("data") or {}).get("train")
+    sources = train if isinstance(train, list) else [{"data": train}]
+    named = [held_out] if held_out else [one.get("data") for one in sources if isinstance(one, dict)]
+    folders = [resolve_data_path(name) for name in named if isinstance(name, str) and "://" not in name]
+    for folder in folders:
         if (folder.parent / "galleries.json").is_file():
             return folder.parent
-    if len(named) == 2 and named[1].is_dir():
-        return named[1]
-    raise UserError(f"data: {path} names no held-out shards that are here; give data=FOLDER")
+    if held_out and folders and folders[0].is_dir():
+        return folders[0]
+    what = (
+        f"evaluate.data is {held_out}, which is not below {Path.cwd()}"
+        if held_out
+        else "evaluate.data is null"
+    )
+    raise UserError(f"data: in {path} {what}; give data=FOLDER")
 
 
 def _is_shard_set(folder: Path) -> bool:

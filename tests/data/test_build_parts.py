@@ -22,6 +22,7 @@ from diptych.data.shards import open_shards
 from diptych.data.sources import Columns
 from diptych.data.verify import verify_folder
 
+from .images import photo, stored
 from .samples import picture, samples, write
 from .test_build import pictures, read_all, table
 
@@ -284,3 +285,16 @@ def test_a_real_kill_and_a_second_run(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert len(read_manifest(tmp_path / "out")) == 80
     assert json.loads((tmp_path / "out/build_report.json").read_text())["written"] == 4000
+
+
+def test_a_set_is_not_built_around_train_and_val_nor_the_other_way_round(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{i}.png").write_bytes(stored(photo(9, 9, seed=i), "PNG"))
+        (tmp_path / "photos" / f"{i}.txt").write_text(f"picture {i}")
+    build_shards([tmp_path / "photos"], tmp_path / "split", val_fraction=0.3)
+    with pytest.raises(UserError, match="holds train and val already"):
+        build_shards([tmp_path / "photos"], tmp_path / "split")
+    build_shards([tmp_path / "photos"], tmp_path / "whole")
+    with pytest.raises(UserError, match="holds a set of shards itself"):
+        build_shards([tmp_path / "photos"], tmp_path / "whole", val_fraction=0.3)

@@ -176,7 +176,8 @@ def test_damage_in_one_source_is_named_and_moves_nothing(
     [
         ({"epoch_samples": 6 * B}, "data.epoch_samples: 72 is not the checkpoint's 60"),
         ({"weight": 2.0}, "the weights of the sources are not the checkpoint's"),
-        ({"where": "width > 21"}, "the data is not that of the checkpoint"),
+        ({"where": "width > 21"}, "the filter of small does not choose what the checkpoint's chose"),
+        ({"data": "middle"}, "the shards of small are not those of the checkpoint"),
         ({"seed": 4}, "seed: 4 is not the checkpoint's 3"),
     ],
 )
@@ -184,7 +185,9 @@ def test_a_run_does_not_go_on_with_another_mixture(
     sets: list[dict[str, Any]], change: dict[str, Any], words: str
 ) -> None:
     state = stream_of(sets, **SETTINGS).state_dict()
-    of_source = {key: change[key] for key in ("weight", "where") if key in change}
+    of_source = {key: change[key] for key in ("weight", "where", "data") if key in change}
+    if "data" in of_source:
+        of_source |= {"data": sets[2]["data"], "name": "small"}
     others = {key: change[key] for key in change.keys() - of_source.keys()}
     changed = [sets[0], {**sets[1], **of_source}, sets[2]]
     with pytest.raises(UserError, match=words):

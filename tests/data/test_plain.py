@@ -289,8 +289,12 @@ def test_lists_in_braces(monkeypatch: pytest.MonkeyPatch) -> None:
         ("none-{0..3}.tar", {}, r"there is no none-0.tar; check the list"),
         ("ftp://host/{0..3}.tar", {}, "has a scheme that is not read"),
         ("{0..-1}.tar", {}, "there is no"),
-        ("x.tar", {"epoch_samples": None}, "data.epoch_samples: None must be at least the global batch of 6"),
-        ("x.tar", {"epoch_samples": 5}, "data.epoch_samples: 5 must be at least"),
+        (
+            "x.tar",
+            {"epoch_samples": None},
+            "data.epoch_samples: it must be given, at least the global batch of 6",
+        ),
+        ("x.tar", {"epoch_samples": 5}, "data.epoch_samples: 5 is too few, at least"),
         (({"data": "a.tar"},), {}, "tars without an index cannot be mixed or filtered"),
     ],
 )

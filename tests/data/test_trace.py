@@ -45,3 +45,10 @@ def test_mistakes_are_told_in_a_sentence(corpus: Path) -> None:
     ]:
         with pytest.raises(UserError, match=words):
             trace(corpus, **settings)
+
+
+def test_tars_without_an_index_have_no_order_to_print(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    config = DataConfig(train=str(tmp_path), epoch_samples=8)
+    with pytest.raises(UserError, match="tars without an index have no order to print"):
+        list(trace_lines(config, seed=0, global_batch_size=8))

@@ -7,6 +7,7 @@ import json
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +185,26 @@ def test_the_data_is_found_from_the_run_the_argument_or_the_cache(
     write_split(tmp_path / "split" / "test_a", ["v"], NAMES[:2])
     write_split(tmp_path / "split" / "train", ["v"], NAMES[:2])
     assert [g.name for g in find_galleries(tmp_path / "split")] == ["test_a"]
+
+
+def test_a_run_is_evaluated_on_the_data_that_its_config_names(corpus: Path, tmp_path: Path) -> None:
+    """Whether it trained on one set, on several, or on a corpus with galleries of its own."""
+    run, own = tmp_path / "run", tmp_path / "own"
+    (run / "checkpoints").mkdir(parents=True)
+    own.mkdir()
+    for train in (str(corpus / "train"), [{"data": "a", "weight": 1.0}, {"data": "s3://b/c", "weight": 2.0}]):
+        config: dict[str, Any] = {"data": {"train": train}, "evaluate": {"data": str(own)}}
+        (run / "config.yaml").write_text(json.dumps(config))
+        assert data_root(run, None) == own
+        config["evaluate"]["data"] = str(tmp_path / "gone")
+        (run / "config.yaml").write_text(json.dumps(config))
+        with pytest.raises(
+            UserError, match=r"evaluate.data is .*gone, which is not below .*give data=FOLDER"
+        ):
+            data_root(run, None)
+    config = {"data": {"train": [{"data": str(corpus / "train")}]}, "evaluate": {"data": None}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert data_root(run, None) == corpus
 
 
 @pytest.mark.parametrize(
