@@ -257,8 +257,8 @@ def open_plain(
     if config.epoch_samples is None or config.epoch_samples < global_batch_size:
         given = "it must be given" if config.epoch_samples is None else f"{config.epoch_samples} is too few"
         raise UserError(
-            f"data.epoch_samples: {given}, at least the global batch of {global_batch_size}, since nobody has "
-            f"counted the tars of {config.train}; or index them with `diptych data index`"
+            f"data.epoch_samples: {given}, at least the global batch of {global_batch_size}, since nobody "
+            f"has counted the tars of {config.train}; or index them with `diptych data index`"
         )
     tars = _tars(config.train)
     remote = any(as_url(tar.place) is not None for tar in tars)
