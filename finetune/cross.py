@@ -88,6 +88,7 @@ class Cross(Head):
         """Take means and scales from the real tokens of the training rows."""
         for k in self.modalities:
             mask = self.token_mask(features, k) & present[k][:, None]
+            # a ModuleDict forgets what its modules are
             self.standard[k].fit(features[f"{k}_tokens"][mask].float())  # type: ignore[operator]
 
     def tokens(self, features: Features, present: Present, k: str) -> tuple[Tensor, Tensor]:

@@ -223,8 +223,8 @@ def calibrate(task: Task, logits: Tensor, targets: Tensor, method: str) -> tuple
         optimizer.zero_grad()
         # the weak pull keeps the scale finite where the rows are told apart without error
         loss = task.loss(log_scale.exp() * logits + shift, targets) + 1e-4 * log_scale.square()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return float(log_scale.detach().exp()), float(shift.detach())

@@ -38,7 +38,7 @@ def image_tokens(model: LoadedModel, images: Tensor) -> Tensor:
     head = getattr(visual, "head", None)
     if isinstance(head, nn.Module) and _token_wise(head):
         return head(tokens)
-    if trunk is None or not isinstance(head, nn.Module) or len(head) or not _averages(trunk):  # type: ignore[arg-type]
+    if trunk is None or not isinstance(head, nn.Sequential) or len(head) or not _averages(trunk):
         return tokens
     # the projection is the convolutional trunk's own classifier: what it makes of a map of one cell
     cells = trunk.forward_head(rearrange(tokens, "n p c -> (n p) c 1 1"))

@@ -113,6 +113,7 @@ def quick_retrieval(
     if isinstance(model, LoadedModel):
         model = model.model
     module: nn.Module = getattr(model, "module", model)
+    # what is no ContrastiveModel is one of open_clip's models, whatever wraps it
     root = module if isinstance(module, ContrastiveModel) else ContrastiveModel(module).to(device)  # type: ignore[arg-type]
     n = len(shards)
     chosen = np.unique(np.linspace(0, n - 1, min(n, max_images)).round().astype(np.int64))

@@ -1,6 +1,6 @@
 """The parts of an evaluation: retrieval with examples, zero-shot classes, linear probe.
 
-Each part reads the session, which encodes every shard folder once, and adds its scores to the result.
+Each part reads a ``Session``, which encodes every shard folder once, and adds its scores to the result.
 """
 
 from collections.abc import Callable, Sequence
