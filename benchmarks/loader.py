@@ -13,7 +13,6 @@ pandas, which pip puts into a folder of their own.
 
 import argparse
 import io
-import json
 import os
 import random
 import statistics
@@ -23,13 +22,14 @@ import tempfile
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
+from contestants import Contestant
 from numpy.random import Generator, Philox
 from PIL import Image
-from rows import append_row, machine
+from rows import append_row, judge, machine
 from sklearn.datasets import load_sample_images
 
 from diptych.configs.files import cache_dir
@@ -48,44 +48,16 @@ TARGETS = {"speedup_fast": {"256": 3.0, "512": 2.6, "1024": 3.0}, "speedup_plain
 READ_TARGET = 10.0
 
 
-class Contestant:
-    """A process of ``peers.py`` that waits for passes to run."""
+def peer(kind: str, packages: Path | None) -> Contestant:
+    """A process of ``peers.py``, with a folder of packages of its own."""
+    environment = {} if packages is None else {"PYTHONPATH": str(packages)}
+    return Contestant(kind, [HERE / "peers.py", kind, BATCH_SIZE, IMAGE_SIZE], environment)
 
-    def __init__(self, kind: str, packages: Path | None) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        if packages is not None:
-            environment["PYTHONPATH"] = str(packages)
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "peers.py"), kind, str(BATCH_SIZE), str(IMAGE_SIZE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.kind = kind
 
-    def versions(self) -> dict[str, str]:
-        """Of what it runs on; it is ready then."""
-        return self._answer()["versions"]
-
-    def rate(self, what: str, folder: Path) -> float:
-        """Images per second of processor time, of one pass."""
-        assert self._process.stdin is not None
-        print(what, folder, file=self._process.stdin, flush=True)
-        answer = self._answer()
-        return answer["images"] / answer["seconds"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
-            raise SystemExit(f"the contestant {self.kind} ended with exit code {self._process.wait()}")
-        return json.loads(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.__exit__(None, None, None)  # it ends with its input
+def rate(contestant: Contestant, what: str, folder: Path) -> float:
+    """Images per second of processor time, of one pass."""
+    answer = contestant.ask(what, folder)
+    return answer["images"] / answer["seconds"]
 
 
 def photo(width: int, height: int, rng: Generator) -> bytes:
@@ -147,16 +119,16 @@ def measure(kind_packages: dict[str, Path | None], folders: dict[str, Path], rou
     found: dict[str, dict[str, str]] = {}
     order = random.Random(0)
     with ExitStack() as stack:
-        running = [stack.enter_context(Contestant(*pair)) for pair in kind_packages.items()]
+        running = [stack.enter_context(peer(*pair)) for pair in kind_packages.items()]
         for contestant in running:
-            found[contestant.kind] = contestant.versions()
+            found[contestant.kind] = contestant.ask()["versions"]
         for task, folder in folders.items():
             what = "read" if task == "read" else "train"
             for contestant in running:
-                contestant.rate(what, folder)  # the first pass warms up
+                rate(contestant, what, folder)  # the first pass warms up
             for number in range(rounds):
                 for contestant in order.sample(running, len(running)):
-                    rates[task][contestant.kind].append(contestant.rate(what, folder))
+                    rates[task][contestant.kind].append(rate(contestant, what, folder))
                 print(f"\r{task}: round {number + 1} of {rounds}   ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {"rates": rates, "versions": found}
@@ -237,11 +209,6 @@ def report(row: dict[str, Any], rates: dict[str, dict[str, list[float]]]) -> Non
                 judge(f"{mine} / {peer} at {size} pixels", row[name][size], target)
     row["speedup_read"] = round(ratio(rates["read"][ours[0]], rates["read"]["webdataset"]), 1)
     judge("tar reading / webdataset", row["speedup_read"], READ_TARGET)
-
-
-def judge(what: str, value: float, target: float | None) -> None:
-    verdict = "" if target is None else f"   target {target:g}: {'met' if value >= target else 'MISSED'}"
-    print(f"{what:34} {value:6.2f}{verdict}")
 
 
 if __name__ == "__main__":

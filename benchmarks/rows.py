@@ -34,3 +34,10 @@ def append_row(benchmark: str, figures: dict[str, Any], results: Path | None = N
     with file.open("a") as opened:
         print(json.dumps(row), file=opened)
     print(f"appended to {file}")
+
+
+def judge(what: str, value: float, target: float | None, *, below: bool = False) -> None:
+    """Print a ratio and whether it meets its target, from above or ``below``."""
+    met = target is not None and (value <= target if below else value >= target)
+    verdict = "" if target is None else f"   target {target:g}: {'met' if met else 'MISSED'}"
+    print(f"{what:32} {value:7.3f}{verdict}")

@@ -94,6 +94,7 @@ class _Console:
             f"{facts['device']} with {facts['threads']} thread{'s' if facts['threads'] > 1 else ''} each, "
             f"{facts['precision']}",
             *(f"data: {line}" for line in facts["data"]),
+            *facts["notes"],
             sep="\n",
             file=sys.stderr,
         )
@@ -114,6 +115,7 @@ class _Console:
                 f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['samples_per_s']:.0f} samples/s  "
                 f"data wait {row['data_wait_fraction']:.0%}"
             )
+            text += f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
             text += f"  {row['bad_samples']} damaged" if row["bad_samples"] else ""
             if self.bar is not None:
                 self.bar.update(self.task, completed=row["step"], description=text)

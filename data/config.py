@@ -44,6 +44,9 @@ class DataConfig(StrictModel):
     begins anew when it has been gone through, not when the epoch ends."""
     captions: CaptionConfig = CaptionConfig()
     augment: AugmentConfig = AugmentConfig()
+    weight_key: str | None = None
+    """Key of a sample's JSON whose number, 0 or more, is the weight of its pair in the loss (1 where a sample
+    has none); null weighs all alike."""
     workers: int = Field(default=0, ge=0)
     """Processes per rank that decode; 0 decodes in the training process. The order does not depend on it."""
     prefetch: int = Field(default=2, ge=1)

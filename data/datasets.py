@@ -19,7 +19,7 @@ from .shards import RawSample, ShardSet, open_shards
 
 __all__ = [
     "Source",
-    "check_captions",
+    "check_keys",
     "describe",
     "fingerprint",
     "make_order",
@@ -63,34 +63,49 @@ def open_sources(config: DataConfig, *, check_files: bool = True) -> list[Source
     return sources
 
 
-def check_captions(source: Source) -> list[str]:
-    """What to say of JSON keys that captions are to be drawn from and none of some samples has.
+def check_keys(source: Source, weight_key: str | None) -> list[str]:
+    """What to say of JSON keys that captions are to be drawn from, or weights read from, and none of some
+    samples has.
 
-    A key of ``fields`` that is misspelt would mean another training than the one that was asked for: raises
-    UserError. Of a remote set the first samples are looked at, which may be of one kind, and ``names`` and
-    ``tags`` are taken where there are any: of these a line is returned.
+    A key of ``fields`` or a ``weight_key`` that is misspelt would mean another training than the one that was
+    asked for: raises UserError. Of a remote set the first samples are looked at, which may be of one kind,
+    and ``names`` and ``tags`` are taken where there are any: of these a line is returned.
     """
-    wanted = source.captions.keys()
-    if not wanted:
+    if not source.captions.keys() and weight_key is None:
         return []
+    metas = _some_metas(source)
+    lines: list[str] = []
+    for key in source.captions.keys() if metas else ():
+        if any(texts_under(meta, key) for meta in metas):
+            continue
+        there = {name for meta in metas for name in meta if texts_under(meta, name)}
+        told = _missing(
+            source, len(metas), f"has a text under '{key}' of its JSON; there is text under", there
+        )
+        if key in source.captions.fields and not source.shards.is_remote:
+            raise UserError(f"data.captions: {told}: name one of these or take the weight away")
+        lines.append(told)
+    if weight_key is not None and metas and not any(weight_key in meta for meta in metas):
+        there = {name for meta in metas for name in meta}
+        told = _missing(source, len(metas), f"has '{weight_key}' in its JSON; there is", there)
+        if not source.shards.is_remote:
+            raise UserError(f"data.weight_key: {told}: name one of these or take the key away")
+        lines.append(f"all weigh alike: {told}")
+    return lines
+
+
+def _missing(source: Source, looked_at: int, what: str, there: set[str]) -> str:
+    names = ", ".join(sorted(there)[:12]) or "no key"
+    return f"none of {looked_at} samples of {source.label} {what} {names}"
+
+
+def _some_metas(source: Source) -> list[dict[str, Any]]:
+    """The JSON of some samples: spread over a local set, the first ones of a remote one."""
     shards, total = source.shards, int(source.shard_sizes.sum())
     among = min(total, LOOKED_AT) if shards.is_remote else total
     ordinals = np.unique(np.linspace(0, among - 1, LOOKED_AT).round().astype(np.int64))
     raws, _ = read_many_retrying(shards, source.sample_ids(ordinals).tolist())
-    metas = [raw.meta for raw in raws if isinstance(raw, RawSample)]
-    lines: list[str] = []
-    for key in wanted if metas else ():
-        if any(texts_under(meta, key) for meta in metas):
-            continue
-        there = sorted({name for meta in metas for name in meta if texts_under(meta, name)})
-        told = (
-            f"none of {len(metas)} samples of {source.label} has a text under '{key}' of its JSON; there is "
-            f"text under {', '.join(there[:12]) or 'no key'}"
-        )
-        if key in source.captions.fields and not shards.is_remote:
-            raise UserError(f"data.captions: {told}: name one of these or take the weight away")
-        lines.append(told)
-    return lines
+    return [raw.meta for raw in raws if isinstance(raw, RawSample)]
 
 
 def fingerprint(sources: Sequence[Source]) -> str:

@@ -76,8 +76,8 @@ class Order:
         self.steps_per_epoch = self.num_samples // global_batch_size
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"global_batch_size: {global_batch_size} is more than the {self.num_samples} samples of the "
-                f"data; lower it"
+                f"train.global_batch_size: {global_batch_size} is more than the {self.num_samples} samples "
+                "of the data; lower it"
             )
         if lanes is None:
             lanes = default_lanes(self.num_samples, int((sizes > 0).sum()), global_batch_size)

@@ -25,6 +25,7 @@ from .permutation import fold, hash_words
 from .plain_tars import Opener, Tar, deal, expand, read_tar, shuffled
 from .remote import as_url
 from .shards import DamagedSample, RawSample
+from .stages import Shape
 from .stream import Stream
 from .text import Tokenizer
 
@@ -47,8 +48,8 @@ def is_plain(train: str) -> bool:
         return True  # and will be refused
     if train.startswith("corpus:"):
         return False
-    if "{" in train or train.partition("?")[0].endswith(".tar"):
-        return True
+    if "{" in train or train.partition("?")[0].endswith((".tar", ".tar.gz", ".tgz")):
+        return True  # compressed ones will be refused
     folder = Path(train).expanduser()
     return as_url(train) is None and not (folder / MANIFEST).is_file() and any(folder.glob("*.tar"))
 
@@ -174,7 +175,8 @@ class _PlainBatches(IterableDataset[Any]):
             taken = list(itertools.islice(samples, rows.stop - rows.start))
             if self._lost and recipe.on_bad == "raise":
                 raise UserError(f"{self._lost[0]}; set data.on_bad: mask to go on without what is lost")
-            yield self._maker.plain_batch(taken, *divmod(number, steps_per_epoch), self._lost)
+            shape = recipe.shapes.at(number * self._global_batch_size)
+            yield self._maker.plain_batch(taken, shape, *divmod(number, steps_per_epoch), self._lost)
             self._lost.clear()
             number += workers
 
@@ -219,12 +221,17 @@ class _PlainMaker(BatchMaker):
         return [self._raws[sample_id] for sample_id in ids]
 
     def plain_batch(
-        self, taken: list[tuple[int, RawSample]], epoch: int, step: int, lost: list[DamagedSample]
+        self,
+        taken: list[tuple[int, RawSample]],
+        shape: Shape,
+        epoch: int,
+        step: int,
+        lost: list[DamagedSample],
     ) -> Batch:
         """A batch of these (pass, sample); ``lost`` goes to its ``bad``."""
         self._raws = {raw.sample_id: raw for _, raw in taken}
         ids = [raw.sample_id for _, raw in taken]
-        made = self._make([0] * len(ids), [turn for turn, _ in taken], ids)
+        made = self._make(shape, [0] * len(ids), [turn for turn, _ in taken], ids)
         place: dict[str, Any] = {"epoch": epoch, "step": step}
         batch = self._batch(made, np.zeros(len(ids), dtype=np.int16), np.array(ids), epoch, step)
         batch["bad"] += [
@@ -236,13 +243,11 @@ class _PlainMaker(BatchMaker):
 
 def open_plain(
     config: DataConfig,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
     *,
     seed: int,
     global_batch_size: int,
-    image_size: int,
-    tokenizer: Tokenizer,
-    rank: int = 0,
-    world_size: int = 1,
     pin_memory: bool = False,
 ) -> PlainStream:
     """The stream of one rank over tars without an index; see ``is_plain`` for how ``data.train`` names them.
@@ -266,11 +271,8 @@ def open_plain(
     if remote and config.cache_gb > 0:
         folder = Path(config.cache).expanduser() if config.cache else cache_dir() / "shards"
         cache = FileCache(folder, int(config.cache_gb * 1e9))
-    if rank == 0:
+    if recipe.rank == 0:
         log.warning("%s: %s", config.train, NO_INDEX)
-    recipe = Recipe(
-        image_size, config.augment, config.captions, config.max_pixels, config.on_bad, rank, world_size
-    )
     return PlainStream(
         tars,
         Opener(cache),

@@ -18,7 +18,7 @@ from .batches import Batch, BatchMaker, Failure, Recipe
 from .config import DataConfig
 from .datasets import (
     Source,
-    check_captions,
+    check_keys,
     describe,
     fingerprint,
     make_order,
@@ -27,6 +27,7 @@ from .datasets import (
     resumed_order,
 )
 from .order import AnyOrder, Steps, rank_slice
+from .stages import Shape, Shapes, StageConfig
 from .text import Tokenizer
 
 __all__ = ["Stream", "open_stream"]
@@ -40,9 +41,9 @@ class Stream(Iterator[Batch]):
     Each batch is a dict of b rows: ``image`` uint8 [b, 3, S, S], ``token_ids`` int32 [sum(seq_lens)],
     ``seq_lens`` int32 [b], ``valid`` bool [b], ``sample_id`` int64 [b], ``source`` int16 [b],
     ``caption_hash`` int64 [b], ``epoch`` and ``step`` (of the epoch) int, ``cut_captions`` int (captions
-    longer than the context), and ``bad``, a list of ``{shard, key, reason, source, sample_id, epoch, step}``.
+    longer than they may be), and ``bad``, a list of ``{shard, key, reason, source, sample_id, epoch, step}``.
     ``sample_id`` is the number of the sample in its source's index, whatever filters there are. Iterating
-    raises UserError if data cannot be read.
+    raises UserError if data cannot be read. With ``data.weight_key`` there is ``weight`` float32 [b], too.
     """
 
     def __init__(
@@ -213,31 +214,39 @@ def open_stream(
     global_batch_size: int,
     image_size: int,
     tokenizer: Tokenizer,
+    stages: Sequence[StageConfig] = (),
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> Stream:
     """The stream of one rank, at the start of epoch 0.
 
+    ``stages``: where images and captions are smaller than ``image_size`` and the tokenizer's context.
     ``pin_memory``: workers' batches arrive in page-locked memory, from which copies to a GPU need not wait.
 
-    Raises UserError if the data cannot be opened, has fewer samples than a global batch, or there are more
-    ranks than rows.
+    Raises UserError if the data cannot be opened or has fewer samples than a global batch, stages do not
+    follow one another, or there are more ranks than rows.
     """
     if global_batch_size < world_size:
         raise UserError(
-            f"global_batch_size: {global_batch_size} leaves some of {world_size} ranks without a row"
+            f"train.global_batch_size: {global_batch_size} leaves some of {world_size} ranks without a row"
         )
     from .plain import is_plain, open_plain  # which builds on this module
 
     settings: dict[str, Any] = {"seed": seed, "global_batch_size": global_batch_size}
-    if any(is_plain(source.data) for source in config.sources):
-        more: dict[str, Any] = {"image_size": image_size, "tokenizer": tokenizer, "pin_memory": pin_memory}
-        return open_plain(config, rank=rank, world_size=world_size, **settings, **more)
-    sources = open_sources(config)
-    notes = [line for source in sources for line in check_captions(source)]
-    order = make_order(config, sources, **settings)
     recipe = Recipe(
-        image_size, config.augment, config.captions, config.max_pixels, config.on_bad, rank, world_size
+        Shapes(Shape(image_size, tokenizer.context_length), stages),
+        config.augment,
+        config.captions,
+        config.max_pixels,
+        config.on_bad,
+        config.weight_key,
+        rank,
+        world_size,
     )
+    if any(is_plain(source.data) for source in config.sources):
+        return open_plain(config, tokenizer, recipe, pin_memory=pin_memory, **settings)
+    sources = open_sources(config)
+    notes = [line for source in sources for line in check_keys(source, config.weight_key)]
+    order = make_order(config, sources, **settings)
     return Stream(sources, order, tokenizer, recipe, config, seed=seed, pin_memory=pin_memory, notes=notes)

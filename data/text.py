@@ -68,6 +68,12 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return build_tokenizer, (self.name, self.context_length, self._settings)
 
+    def shortened(self, context_length: int) -> "Tokenizer":
+        """The same tokenizer for at most ``context_length`` ids."""
+        if context_length == self.context_length:
+            return self
+        return build_tokenizer(self.name, context_length, self._settings)
+
     def pack(
         self, captions: Sequence[str], truncate: Truncate = "end", draws: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -1,72 +1,89 @@
 """open_clip's transformer blocks over a flat run of tokens, with the last block cut to what is read from it.
 
 Token-wise layers (norms, projections, MLP) do not care which sequence a token belongs to: they run once over
-all tokens, [T, width]. Attention runs per group of sequences of equal length, which lie side by side, so that
-a group is a view of the flat tensors and one scaled_dot_product_attention call. A tower that reads one
-position per sequence needs only that query in its last block: its keys and values still come from all tokens.
+all tokens, [T, width]. Attention runs within sequences (see ``attention``). A tower that reads one position
+per sequence needs only that query in its last block, and there neither keys nor values of the others.
 
 Parameters are open_clip's own, in their own modules, under their own names.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-try:  # torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
+from .attention import Group, Sequences, attend, attend_pooled, uses_kernel
+from .cpu_linear import linear
+
+__all__ = ["Group", "LeanBlock", "LeanCustomBlock", "Sequences", "lean", "run_blocks", "supports_blocks"]
 
 
-@dataclass(frozen=True)
-class Group:
-    """``count`` sequences of ``length`` tokens side by side; ``mask`` [length, length] is True where a query
-    sees a key."""
+class LeanBlock(ResidualAttentionBlock):
+    """open_clip's block that also runs over a flat run of tokens: same parameters, same names, and its own
+    calls as before. ``lean`` puts it in place."""
 
-    count: int
-    length: int
-    mask: Tensor | None = None
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        pooled: bool = False,
+    ) -> Tensor:
+        """open_clip's forward, or with ``sequences`` q_x [T, width] -> [T, width], with ``pooled`` [n, width]
+        (only the tokens at ``sequences.pooled``)."""
+        if sequences is None:
+            return super().forward(q_x, k_x, v_x, attn_mask)
+        return _block(self, q_x, sequences, pooled)
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """How T tokens fall into sequences: groups in order, ``causal`` attention or full, and which token each
-    one is read at.
+class LeanCustomBlock(CustomResidualAttentionBlock):
+    """The same of open_clip's block with more norms and scales."""
 
-    ``pooled`` int64 [n]: index among the T tokens; every key of a sequence is visible from there (but for
-    ``mask``).
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        pooled: bool = False,
+    ) -> Tensor:
+        """As ``LeanBlock``."""
+        if sequences is None:
+            return super().forward(x, attn_mask)
+        return _block(self, x, sequences, pooled)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+_LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    ResidualAttentionBlock: LeanBlock,
+    CustomResidualAttentionBlock: LeanCustomBlock,
+}
+
+
+def lean(module: Module) -> Module:
+    """Give every open_clip transformer block in ``module`` its lean class, in place; other modules stay.
+
+    The work is then done inside ``block(...)``, so that what wraps a block (FSDP's hooks, checkpointing,
+    ``compile``) or a layer in it (LoRA) takes part in it.
     """
-
-    groups: tuple[Group, ...]
-    causal: bool
-    pooled: Tensor
-
-    def to(self, device: torch.device) -> "Sequences":
-        """The same on another device."""
-        groups = tuple(
-            Group(g.count, g.length, None if g.mask is None else g.mask.to(device)) for g in self.groups
-        )
-        return Sequences(groups, self.causal, self.pooled.to(device, non_blocking=True))
-
-    def varlen(self, device: torch.device) -> tuple[Tensor, int]:
-        """Cumulative lengths int32 [n + 1] and the longest length, as variable-length kernels want them."""
-        lengths = [g.length for g in self.groups for _ in range(g.count)]
-        cumulative = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cumulative.to(device, non_blocking=True), max(lengths, default=0)
+    for transformer in module.modules():
+        if hasattr(transformer, "resblocks") and supports_blocks(transformer) is None:
+            for block in cast(Any, transformer).resblocks:
+                block.__class__ = _LEAN.get(type(block), type(block))
+    return module
 
 
 def supports_blocks(transformer: Any) -> str | None:
     """None if ``run_blocks`` can run this transformer exactly, else the reason why not."""
     for block in transformer.resblocks:
-        if type(block) not in (ResidualAttentionBlock, CustomResidualAttentionBlock):
+        if type(block) not in _LEAN and not isinstance(block, LeanBlock | LeanCustomBlock):
             return f"its blocks are {type(block).__name__}"
-        attention = block.attn
+        attention: Any = block.attn
         if isinstance(attention, Attention):
             if attention.scaled_cosine:
                 return "it uses scaled cosine attention"
@@ -81,113 +98,59 @@ def supports_blocks(transformer: Any) -> str | None:
 
 
 def run_blocks(transformer: Any, x: Tensor, sequences: Sequences) -> Tensor:
-    """All blocks of an open_clip ``Transformer`` over x [T, width]; returns the pooled tokens [n, width].
+    """All blocks of an open_clip ``Transformer`` made ``lean`` over x [T, width]; returns the pooled tokens
+    [n, width].
 
     Equal to the transformer on each sequence by itself, read at ``sequences.pooled``. Honours
     grad_checkpointing.
     """
-    attend = _attention(sequences, x)
     blocks = list(transformer.resblocks)
     for i, block in enumerate(blocks):
-        pooled = sequences.pooled if i == len(blocks) - 1 else None
+        given: dict[str, Any] = {"sequences": sequences, "pooled": i == len(blocks) - 1}
         if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(_block, block, x, attend, pooled, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False, **given)
         else:
-            x = _block(block, x, attend, pooled)
+            x = block(x, **given)
     return x
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""(q [T or n, H, d], k [T, H, d], v [T, H, d], whether q holds the pooled tokens only) -> like q."""
-
-
-def _block(block: Any, x: Tensor, attend: Attend, pooled: Tensor | None) -> Tensor:
+def _block(block: Any, x: Tensor, sequences: Sequences, pooled: bool) -> Tensor:
     """One pre-norm residual block; with ``pooled`` only those tokens come out."""
     attention = block.attn
-    heads: int = attention.num_heads
     width = x.shape[1]
     normed = block.ln_1(x)
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    if pooled is None:
-        q, k, v = F.linear(normed, weight, bias).view(-1, 3, heads, width // heads).unbind(1)
+    if pooled:
+        x = x.index_select(0, sequences.pooled)
+        y = _pooled(attention, normed.index_select(0, sequences.pooled), normed, sequences)
     else:
-        x = x.index_select(0, pooled)
-        q_weight, kv_weight = weight.split([width, 2 * width])
-        q_bias, kv_bias = (None, None) if bias is None else bias.split([width, 2 * width])
-        q = F.linear(normed.index_select(0, pooled), q_weight, q_bias).view(-1, heads, width // heads)
-        k, v = F.linear(normed, kv_weight, kv_bias).view(-1, 2, heads, width // heads).unbind(1)
+        qkv = linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.view(-1, 3, attention.num_heads, width // attention.num_heads).unbind(1)
+        y = attend(*_normed(attention, q, k), v, sequences)
     if isinstance(attention, Attention):
-        y = attend(attention.ln_q(q), attention.ln_k(k), v, pooled is not None)
-        y = y if attention.head_scale is None else y * attention.head_scale.view(heads, 1)
+        y = y if attention.head_scale is None else y * attention.head_scale.view(-1, 1)
         y = block.ln_attn(attention.out_proj(attention.ln_inner(y.reshape(-1, width))))
     else:
-        y = attention.out_proj(attend(q, k, v, pooled is not None).reshape(-1, width))
+        y = attention.out_proj(y.reshape(-1, width))
     x = x + block.ls_1(y)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _attention(sequences: Sequences, x: Tensor) -> Attend:
-    """The attention for these sequences: torch's variable-length kernel where it runs, grouped calls
-    elsewhere."""
-    half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
-    if varlen_attn is not None and x.is_cuda and half and all(g.mask is None for g in sequences.groups):
-        return _varlen(sequences, x.device)
-    return _grouped(sequences)
+def _pooled(attention: Any, read: Tensor, x: Tensor, sequences: Sequences) -> Tensor:
+    """Attention of the tokens that are read, [n, width], to all, [T, width]; returns [n, H, d]."""
+    heads, width = attention.num_heads, x.shape[1]
+    q_weight, k_weight, v_weight = attention.in_proj_weight.split(width)
+    biases = attention.in_proj_bias
+    q_bias, k_bias, v_bias = (None, None, None) if biases is None else biases.split(width)
+    q = linear(read, q_weight, q_bias).view(-1, heads, width // heads)
+    custom = isinstance(attention, Attention) and not isinstance(attention.ln_k, nn.Identity)
+    if not custom and not uses_kernel(x, sequences, width // heads):
+        return attend_pooled(q, x, k_weight, v_weight, v_bias, sequences)
+    k, v = (
+        linear(x, weight, bias).view(-1, heads, width // heads)
+        for weight, bias in ((k_weight, k_bias), (v_weight, v_bias))
+    )
+    return attend(*_normed(attention, q, k), v, sequences, pooled=True)
 
 
-def _grouped(sequences: Sequences) -> Attend:
-    groups, causal = sequences.groups, sequences.causal
-    tokens = [g.count * g.length for g in groups]
-    counts = [g.count for g in groups]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, pooled: bool) -> Tensor:
-        heads, depth = q.shape[1:]
-        out: list[Tensor] = []
-        # split, not slices: its backward is one concatenation, that of n slices adds n full tensors
-        parts = zip(
-            groups, q.split(counts if pooled else tokens), k.split(tokens), v.split(tokens), strict=True
-        )
-        for group, *qkv in parts:
-            lengths = (1 if pooled else group.length, group.length, group.length)
-            q_, k_, v_ = (
-                t.view(group.count, n, heads, depth).transpose(1, 2)
-                for t, n in zip(qkv, lengths, strict=True)
-            )
-            mask = group.mask if group.mask is None or not pooled else group.mask[-1:]
-            y = F.scaled_dot_product_attention(
-                q_,
-                k_,
-                v_,
-                attn_mask=mask,
-                is_causal=causal and mask is None and not pooled and group.length > 1,
-            )
-            out.append(y.transpose(1, 2).reshape(-1, heads, depth))
-        return out[0] if len(out) == 1 else torch.cat(out) if out else q
-
-    return attend
-
-
-def _varlen(sequences: Sequences, device: torch.device) -> Attend:
-    kernel = cast(Any, varlen_attn)
-    cumulative, longest = sequences.varlen(device)
-    ones = torch.arange(len(cumulative), dtype=torch.int32, device=device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, pooled: bool) -> Tensor:
-        if pooled:
-            out = kernel(q.contiguous(), k.contiguous(), v.contiguous(), ones, cumulative, 1, longest)
-        else:
-            window = (-1, 0) if sequences.causal else (-1, -1)
-            out = kernel(
-                q.contiguous(),
-                k.contiguous(),
-                v.contiguous(),
-                cumulative,
-                cumulative,
-                longest,
-                longest,
-                window_size=window,
-            )
-        assert isinstance(out, Tensor)
-        return out
-
-    return attend
+def _normed(attention: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return (attention.ln_q(q), attention.ln_k(k)) if isinstance(attention, Attention) else (q, k)

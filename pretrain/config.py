@@ -7,8 +7,10 @@ from pydantic import Field, model_validator
 from ..configs.load import StrictModel
 from ..data.config import DataConfig
 from .contrastive import LossConfig
+from .locking import LockConfig
 from .optim import OptimConfig
 from .schedule import ScheduleConfig
+from .stages import Stage
 from .towers import ModelConfig
 from .tracking import TrackingConfig
 
@@ -26,6 +28,18 @@ class TrainConfig(StrictModel):
     """Length of the run in samples, rounded up to whole steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast dtype of the towers. Features and loss are always fp32, and so are the weights."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples of a process that are computed at a time; null for all. Smaller ones bound the memory of any
+    ``global_batch_size`` for one forward pass more: features first, then gradients (GradCache: Gao et al.,
+    2021, arXiv 2101.06983). Gradients are those of the whole batch; towers with batch norms excepted."""
+    grad_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the MLPs of the blocks with torch.compile: for GPUs, since on a CPU it does not pay
+    (docs/performance.md)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """``ddp``: every process holds the whole model; ``fsdp``: its part of weights, gradients and optimizer,
+    for models that do not fit otherwise. The numbers are the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process; null shares the machine's cores among its processes."""
@@ -36,6 +50,12 @@ class TrainConfig(StrictModel):
     """How many of the newest checkpoints stay; older ones are removed once a newer one is complete."""
     timeout_s: float = Field(default=600.0, gt=0)
     """How long a process waits for the others before it gives up."""
+
+    def micro_batches(self, world_size: int) -> int:
+        """Into how many each process cuts its share of a batch, the same number on all."""
+        most = -(-self.global_batch_size // world_size)
+        wanted = -(-most // (self.micro_batch_size or most))
+        return min(wanted, self.global_batch_size // world_size)  # none of them is empty
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -62,7 +82,10 @@ class PretrainConfig(StrictModel):
     out: str | None = None
     seed: int = Field(default=0, ge=0)
     data: DataConfig
+    stages: tuple[Stage, ...] = ()
+    """Parts of the run with smaller images, shorter captions or fewer patches; none by default."""
     model: ModelConfig
+    lock: LockConfig = LockConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -1,19 +1,31 @@
 """Every torch.distributed call of the project.
 
 All functions also work without a process group (one process: rank 0 of 1) and then cost nothing. Rows may be
-spread unevenly: a rank may hold fewer rows than the others, or none, and still joins every collective. gloo
-serves CPU processes, NCCL serves CUDA ones. Objects travel as JSON in byte tensors, never as pickle.
+spread unevenly: a rank may hold fewer rows than the others, or none, and still joins every collective. NCCL
+carries CUDA tensors and gloo CPU tensors, in one group, so that flags and counts that live on the CPU never
+wait for the device. Objects travel as JSON in byte tensors, never as pickle.
+
+``shard`` spreads parameters, gradients and all that is derived from them over the processes (FSDP2, after
+ZeRO: Rajbhandari et al., 2020, arXiv 1910.02054); ``local``, ``whole`` and ``like`` go between a process's
+part of such a tensor and all of it, and give plain tensors back as they are.
 """
 
+import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..configs.errors import UserError
 
@@ -36,7 +48,7 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> torch.device:
         local = torch.device("cuda", local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_initialized():
-        backend = "nccl" if local.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return local
 
@@ -70,7 +82,7 @@ def local_rank() -> int:
 def barrier(group: Group = None) -> None:
     """Wait until every process has come here."""
     if world_size(group) > 1:
-        dist.barrier(group)
+        all_reduce_sum(torch.zeros(1), group)
 
 
 def all_reduce_sum(tensor: Tensor, group: Group = None) -> Tensor:
@@ -143,27 +155,143 @@ def reduce_scatter_rows(full: Tensor, counts: Sequence[int], group: Group = None
     return all_reduce_sum(full, group)[start : start + counts[rank(group)]]
 
 
-def broadcast_json(value: Any, source: int = 0, device: torch.device | str = "cpu") -> Any:
-    """``value`` of process ``source``, on every process. It must be JSON; with NCCL name a CUDA device."""
+def pass_down(tensors: Sequence[Tensor], rows: int, group: Group = None) -> Callable[[], list[Tensor]]:
+    """Start to send ``tensors`` [n, *] to the process before and to receive as many, otherwise alike but of
+    ``rows`` rows, from the one after, in a ring. The function that comes back waits, then gives what came."""
+    to, source = ((rank(group) + step) % world_size(group) for step in (-1, 1))
+    arriving = [t.new_empty((rows, *t.shape[1:])) for t in tensors]
+    sends = [dist.P2POp(dist.isend, t, group=group, group_peer=to) for t in tensors if t.numel()]
+    receives = [dist.P2POp(dist.irecv, t, group=group, group_peer=source) for t in arriving if t.numel()]
+    under_way = dist.batch_isend_irecv(sends + receives) if sends or receives else []
+
+    def wait() -> list[Tensor]:
+        for one in under_way:
+            one.wait()
+        return arriving
+
+    return wait
+
+
+def broadcast_json(value: Any, source: int = 0) -> Any:
+    """``value`` of process ``source``, on every process. It must be JSON."""
     if world_size() == 1:
         return value
     data = json.dumps(value).encode() if rank() == source else b""
-    size = torch.tensor([len(data)], device=device)
+    size = torch.tensor([len(data)])
     dist.broadcast(size, source)
     bytes_ = torch.zeros(int(size.item()), dtype=torch.uint8)
     if rank() == source:
         bytes_ = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    bytes_ = bytes_.to(device)
     dist.broadcast(bytes_, source)
-    return json.loads(bytes_.cpu().numpy().tobytes())
+    return json.loads(bytes_.numpy().tobytes())
 
 
-def gather_json(value: Any, device: torch.device | str = "cpu") -> list[Any]:
-    """The ``value`` of every process by rank, on every process. It must be JSON; with NCCL name a CUDA
-    device."""
+def gather_json(value: Any) -> list[Any]:
+    """The ``value`` of every process by rank, on every process. It must be JSON."""
     if world_size() == 1:
         return [value]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    counts = row_counts(data.shape[0], device)
-    parts = all_gather_rows(data, counts).cpu().split(counts)
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    counts = row_counts(data.shape[0])
+    parts = all_gather_rows(data, counts).split(counts)
     return [json.loads(part.numpy().tobytes()) for part in parts]
+
+
+class _ScalarMean:
+    """Averages the gradients of parameters without dimensions, which FSDP cannot shard, as it does its
+    own."""
+
+    active = True
+
+    def __call__(self, parameter: Tensor) -> None:
+        if self.active and parameter.grad is not None:
+            parameter.grad.copy_(all_reduce_sum(parameter.grad) / world_size())
+
+
+_scalars: WeakKeyDictionary[nn.Module, _ScalarMean] = WeakKeyDictionary()
+_blueprints: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def shard(root: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """Spread the parameters of ``root`` over all processes, each of ``blocks`` as a unit that is gathered
+    when it runs and freed after; the rest stays gathered from a forward to its backward. In place.
+
+    Gradients are averaged over the processes, as DDP does. Every block must be run by calling it. Parameters
+    without dimensions (``logit_scale``) stay whole everywhere.
+    """
+    device = next(root.parameters()).device.type
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in root.parameters()
+    }
+    _blueprints[root] = copy.deepcopy(root, empty)
+    mesh = init_device_mesh(device, (world_size(),))
+    scalars = {p for p in root.parameters() if p.ndim == 0}
+    mean = _scalars[root] = _ScalarMean()
+    for parameter in scalars:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(mean)
+    for module in (*blocks, root):
+        fully_shard(module, mesh=mesh, ignored_params=scalars)
+    return root
+
+
+def unsharded(root: nn.Module) -> nn.Module:
+    """A new copy of a sharded module as it was before ``shard``, its parameters without values (on the meta
+    device): fill them by ``load_state_dict(.., assign=True)``."""
+    return copy.deepcopy(_blueprints[root])
+
+
+@contextmanager
+def _no_sync_sharded(root: FSDPModule) -> Generator[None]:
+    mean = _scalars[root]  # pyright: ignore[reportArgumentType] # FSDPModule is mixed into root's own class
+    root.set_requires_gradient_sync(False)
+    mean.active = False
+    try:
+        yield
+    finally:
+        root.set_requires_gradient_sync(True)
+        mean.active = True
+
+
+def no_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, backward passes of a wrapped model add to this process's own gradients and do not communicate;
+    the first one outside averages all that has been added."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _no_sync_sharded(model) if isinstance(model, FSDPModule) else nullcontext()
+
+
+class ShardedScaler(torch.amp.GradScaler):
+    """fp16's loss scaler for parameters of which some are sharded and some are not: an overflow in any part
+    skips the step on every process."""
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        check = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        check(grads, found_inf, inv_scale)
+        found_inf.copy_(all_reduce_max(found_inf))
+        return {found_inf.device: found_inf}
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only its part of the tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process; all must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """``whole`` spread as ``tensor`` is: every process keeps its part, without communication."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)

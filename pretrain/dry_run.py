@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..data.stages import check_stages
 from ..data.stream import open_stream
 from ..data.text import tokenizer_for
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
+from .distributed import world_size
+from .fit import check_fit, check_length, notes
+from .locking import lock
 from .model import ContrastiveModel, build_model, image_size, open_clip_config
 
 __all__ = ["dry_run"]
 
-STATE_BYTES = 16  # per parameter: fp32 weight, gradient and AdamW's two moments
+STATE_BYTES = 16  # per trained parameter: fp32 weight, gradient and AdamW's two moments
+WEIGHT_BYTES = 4
 PROBE = 8  # samples
 
 
@@ -23,9 +28,12 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
     """Build the model and the stream, run a few samples forward and backward on the CPU, and describe the run
     line by line. Writes nothing. Raises UserError as training would."""
     clip = build_model(config.model, load_weights=False)
+    check_fit(config, clip)
+    lock(clip, config.lock)
+    clip.set_grad_checkpointing(config.train.grad_checkpointing)
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
     tokenizer = tokenizer_for(text_cfg, getattr(clip, "text_folder", None))
-    root = ContrastiveModel(clip, pad_id=tokenizer.pad_id)
+    root = ContrastiveModel(clip, pad_id=tokenizer.pad_id, seed=config.seed)
     side = image_size(clip)
     probe = min(PROBE, config.train.global_batch_size)
     stream = open_stream(
@@ -39,6 +47,11 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
     stream.close()
     steps = config.train.total_samples and -(-config.train.total_samples // config.train.global_batch_size)
     steps = steps or max(1, round((config.train.epochs or 0) * stream.steps_per_epoch))
+    check_stages(config.stages, tokenizer.context_length)
+    check_length(config, steps * config.train.global_batch_size)
+    shares = [root.patch_dropout if s.patch_dropout is None else s.patch_dropout for s in config.stages]
+    own, root.patch_dropout = root.patch_dropout, min(shares, default=root.patch_dropout)
+    trainable = sum(p.numel() for p in clip.parameters() if p.requires_grad)
     images = sum(p.numel() for p in clip.visual.parameters())
     texts = sum(p.numel() for p in clip.text.parameters())
     flops, saved = _measure(root, _few(batch, probe))
@@ -47,7 +60,10 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
         yield f"data: {line}"
     yield f"data: {stream.num_samples:,} samples, {stream.steps_per_epoch} steps an epoch"
     yield f"run: {steps:,} steps of {batch_size:,} samples, {steps * batch_size:,} in all"
-    yield f"image tower: {images / 1e6:.1f} M parameters at {side} px; text tower: {texts / 1e6:.1f} M"
+    locked = f"; {(parameters - trainable) / 1e6:.1f} M of them locked" if trainable < parameters else ""
+    yield (
+        f"image tower: {images / 1e6:.1f} M parameters at {side} px; text tower: {texts / 1e6:.1f} M{locked}"
+    )
     for name in ("image", "token_ids", "seq_lens", "valid"):
         value: Tensor = batch[name]
         yield f"global batch: {name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
@@ -57,12 +73,35 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
         f"{batch['cut_captions'] / len(lengths):.1%} longer and cut; "
         f"{int((~batch['valid']).sum())} damaged samples in the first batch"
     )
-    yield f"work: {flops / probe / 1e9:.2f} GFLOP a sample, forward and backward"
+    most = " in the dearest stage" if config.stages else ""
+    yield f"work: {flops / probe / 1e9:.2f} GFLOP a sample{most}, forward and backward"
+    yield from _memory(config, trainable, parameters, saved / probe)
+    yield from _stages(config, own)
+    yield from notes(config, clip, world_size())
+
+
+def _memory(config: PretrainConfig, trainable: int, parameters: int, saved: float) -> Iterator[str]:
+    """``saved``: bytes of activations a sample."""
+    weights = (STATE_BYTES * trainable + WEIGHT_BYTES * (parameters - trainable)) / 2**30
+    most = config.train.global_batch_size
+    at_once = min(config.train.micro_batch_size or most, most)
+    what = "a global batch" if at_once == most else f"{at_once} at a time"
     yield (
-        f"memory: {STATE_BYTES * parameters / 2**30:.2f} GiB for weights, gradients and optimizer, and "
-        f"{saved / probe / 2**20:.2f} MiB of activations a sample "
-        f"({saved / probe * config.train.global_batch_size / 2**30:.2f} GiB a global batch)"
+        f"memory: {weights:.2f} GiB for weights, gradients and optimizer, and {saved / 2**20:.2f} MiB of "
+        f"activations a sample ({saved * at_once / 2**30:.2f} GiB {what})"
     )
+
+
+def _stages(config: PretrainConfig, own: float) -> Iterator[str]:
+    for stage in config.stages:
+        end = "the end" if stage.until_samples is None else f"{stage.until_samples:,} samples"
+        dropout = own if stage.patch_dropout is None else stage.patch_dropout
+        parts = [
+            f"images of {stage.image_size} px" if stage.image_size else "whole images",
+            f"captions of at most {stage.text_len} tokens" if stage.text_len else "whole captions",
+            *([f"{dropout:.0%} of the patches dropped"] if dropout else []),
+        ]
+        yield f"stage until {end}: {', '.join(parts)}"
 
 
 def _few(batch: dict[str, Any], n: int) -> dict[str, Any]:

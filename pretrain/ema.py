@@ -6,13 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .distributed import local
+
 
 class Ema:
     """Running average of a module's parameters and float buffers; integer buffers are copied.
 
     The decay of update t (from 0) is ``min(decay, (1 + t) / (10 + t))``, so that early averages are not held
-    by the initial weights. All ranks hold the same weights, so each averages for itself and no communication
-    is needed.
+    by the initial weights. All ranks hold the same weights, or each its part of them, so each averages for
+    itself and no communication is needed.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -26,14 +28,15 @@ class Ema:
         """Take in the module's present weights; call after every optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, value in module.state_dict().items():
+            average = local(self._average[name])
             if value.is_floating_point():
-                self._average[name].lerp_(value, 1 - decay)
+                average.lerp_(local(value), 1 - decay)
             else:
-                self._average[name].copy_(value)
+                average.copy_(local(value))
         self.updates += 1
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged state dict, under the module's own names (not a copy)."""
+        """The averaged state dict, under the module's own names (not a copy), sharded as the module is."""
         return dict(self._average)
 
     @contextmanager
@@ -52,7 +55,7 @@ class Ema:
         return {"decay": self.decay, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, int | float], weights: Mapping[str, Tensor]) -> None:
-        """Take counters and weights back. ``weights`` must have exactly the module's names."""
+        """Take counters and weights back. ``weights`` must have exactly the module's names and sharding."""
         assert weights.keys() == self._average.keys(), "the averaged weights belong to another model"
         self.updates = int(state["updates"])
         for name, value in weights.items():

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
 from ..data.eval_batches import eval_batches
@@ -113,8 +114,10 @@ def quick_retrieval(
     if isinstance(model, LoadedModel):
         model = model.model
     module: nn.Module = getattr(model, "module", model)
-    # what is no ContrastiveModel is one of open_clip's models, whatever wraps it
-    root = module if isinstance(module, ContrastiveModel) else ContrastiveModel(module).to(device)  # type: ignore[arg-type]
+    if isinstance(module, ContrastiveModel):
+        root = module
+    else:  # one of open_clip's models, whatever wraps it
+        root = ContrastiveModel(cast(CustomTextCLIP, module)).to(device)
     n = len(shards)
     chosen = np.unique(np.linspace(0, n - 1, min(n, max_images)).round().astype(np.int64))
 

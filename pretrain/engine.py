@@ -1,11 +1,12 @@
-"""What a run asks of Accelerate and DDP: precision, placement, averaged gradients; and how ranks agree."""
+"""What a run asks of Accelerate, DDP and FSDP: precision, placement, averaged gradients; how ranks agree."""
 
 import ctypes
 import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,17 +18,35 @@ from ..configs.errors import UserError
 from ..data.text import Tokenizer
 from . import distributed
 from .contrastive import contrastive_loss
+from .distributed import no_sync
 from .model import ContrastiveModel, image_size
+from .units import units
 
-__all__ = ["build_accelerator", "keep_freed_memory", "on_rank_0", "set_threads", "settle_buckets", "together"]
+__all__ = [
+    "Parallel",
+    "build_accelerator",
+    "keep_freed_memory",
+    "no_sync",
+    "on_rank_0",
+    "prepare",
+    "set_threads",
+    "settle_buckets",
+    "together",
+]
 
 T = TypeVar("T")
+Parallel = Literal["ddp", "fsdp"]
+"""``ddp``: every process holds all parameters. ``fsdp``: every process holds its part of them."""
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of this process: ``threads``, or an equal share of the cores it may run on."""
+    """CPU threads of this process: ``threads``, or what ``OMP_NUM_THREADS`` says, or an equal share of the
+    cores it may run on. With several processes on a machine a 1 there says nothing: torchrun sets it."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    share = max(1, len(os.sched_getaffinity(0)) // local_world)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # one number per nesting level
+    told = int(asked) if asked.isdecimal() else 0
+    torch.set_num_threads(threads or (share if told == 0 or (told == 1 and local_world > 1) else told))
 
 
 def keep_freed_memory() -> None:
@@ -60,6 +79,31 @@ def build_accelerator(precision: str, device: torch.device) -> Accelerator:
     return Accelerator(mixed_precision=ours, cpu=device.type == "cpu", kwargs_handlers=[ddp])
 
 
+def prepare(
+    root: ContrastiveModel, accelerator: Accelerator, parallel: Parallel, tokenizer: Tokenizer
+) -> nn.Module:
+    """The model to call in a step: autocast in the run's precision, gradients averaged over the processes in
+    its backward. Build the optimizer and the average of weights after it. One process: the root itself.
+    """
+    if parallel == "ddp" or distributed.world_size() == 1:
+        model = accelerator.prepare_model(root)
+        settle_buckets(model, root, tokenizer)
+    else:
+        model = accelerator.prepare_model(root, evaluation_mode=True)  # autocast and no DDP
+        model = distributed.shard(model, units(root.clip))
+        if accelerator.scaler is not None:
+            accelerator.scaler = distributed.ShardedScaler(accelerator.device.type)
+    if distributed.world_size() > 1:
+        model.register_forward_pre_hook(_leave_in_place, prepend=True)
+    return model
+
+
+def _leave_in_place(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Keep DDP and FSDP from moving a batch to the device: the packing is worked out on the CPU, from lengths
+    that lie there, and the model takes the pixels over itself. Both move what is in a dict, not in a view."""
+    return tuple(MappingProxyType(value) if isinstance(value, dict) else value for value in arguments)
+
+
 def settle_buckets(model: nn.Module, root: ContrastiveModel, tokenizer: Tokenizer) -> None:
     """Let DDP choose its gradient buckets now, by a pass over two blank images, and leave no trace of it.
 
@@ -80,18 +124,18 @@ def settle_buckets(model: nn.Module, root: ContrastiveModel, tokenizer: Tokenize
 
 
 @contextmanager
-def together(device: torch.device) -> Generator[None]:
+def together() -> Generator[None]:
     """A UserError that any rank raises inside is raised on every rank. The block must not communicate."""
     problem = ""
     try:
         yield
     except UserError as error:
         problem = str(error)
-    if problems := [text for text in distributed.gather_json(problem, device=device) if text]:
+    if problems := [text for text in distributed.gather_json(problem) if text]:
         raise UserError(problems[0])
 
 
-def on_rank_0(function: Callable[[], T], device: torch.device) -> T | None:
+def on_rank_0(function: Callable[[], T]) -> T | None:
     """Run ``function`` on rank 0 alone; its UserError is raised on every rank. Returns its value there, None
     elsewhere."""
     value, problem = None, ""
@@ -100,6 +144,6 @@ def on_rank_0(function: Callable[[], T], device: torch.device) -> T | None:
             value = function()
         except UserError as error:
             problem = str(error)
-    if problem := distributed.broadcast_json(problem, device=device):
+    if problem := distributed.broadcast_json(problem):
         raise UserError(problem)
     return value

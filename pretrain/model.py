@@ -20,8 +20,13 @@ from torch.nn import functional as F
 
 from ..configs.errors import UserError
 from . import weights
-from .lean_vision import encode_image
+from .blocks import lean
+from .cpu_linear import quick_linears
+from .lean_timm import lean_last_block
+from .lean_vision import configured_dropout, encode_image, patch_size, takes_side
+from .masks import kept_patches
 from .packing import encode_text, pad_text, supports_packing
+from .patches import patch_grid
 from .sync_batchnorm import synchronise_batchnorm
 from .towers import ModelConfig, build_model, bundle_text, image_size, open_clip_config
 
@@ -39,6 +44,7 @@ __all__ = [
     "image_size",
     "load_model",
     "open_clip_config",
+    "takes_size",
 ]
 log = logging.getLogger(__name__)
 
@@ -52,17 +58,26 @@ class ContrastiveModel(nn.Module):
     image_mean: Tensor
     image_std: Tensor
 
-    def __init__(self, clip: CustomTextCLIP, *, pad_id: int | None = None) -> None:
-        """``pad_id`` is the tokenizer's padding id, used only by text towers that cannot be packed."""
+    def __init__(self, clip: CustomTextCLIP, *, pad_id: int | None = None, seed: int = 0) -> None:
+        """``pad_id`` is the tokenizer's padding id, used only by text towers that cannot be packed; ``seed``
+        decides which patches are dropped."""
         super().__init__()
         self.clip = clip
         self.pad_id = pad_id
+        self.seed = seed
+        lean(clip)
+        quick_linears(clip)
+        lean_last_block(getattr(clip.visual, "trunk", nn.Identity()))
+        self._patch_dropout = configured_dropout(clip.visual)
+        if self._patch_dropout and patch_size(clip.visual) is None:
+            self._patch_dropout = 0.0
+            log.warning("this image tower drops patches by its own generator, another way on every topology")
         synchronise_batchnorm(clip)
         # Only the pixels are laid out channels last, and activations follow: 1.2 to 1.9 times faster for
         # mobile nets on a CPU. Weights stay contiguous: torch's fused AdamW on a CPU is silently wrong where
         # the strides of a weight and of its state differ, as after a resume.
         self.channels_last = not isinstance(clip.visual, VisionTransformer) and _has_convolutions(clip.visual)
-        preprocess: dict[str, Any] = clip.visual.preprocess_cfg  # type: ignore[assignment]
+        preprocess = cast(dict[str, Any], clip.visual.preprocess_cfg)
         for name in ("mean", "std"):  # buffers in units of uint8 pixels; not saved: the config carries them
             value = 255 * torch.tensor(preprocess[name], dtype=torch.float64)
             dtype = next(clip.parameters()).dtype
@@ -70,15 +85,35 @@ class ContrastiveModel(nn.Module):
         if reason := supports_packing(clip.text):
             log.warning("captions run padded, which is slower: %s", reason)
 
+    @property
+    def patch_dropout(self) -> float:
+        """Share of every image's patches left out in training mode (FLIP, arXiv 2212.00794); settable between
+        steps. Starts at what the tower's config says.
+
+        Raises UserError for a tower that cannot do it.
+        """
+        return self._patch_dropout
+
+    @patch_dropout.setter
+    def patch_dropout(self, share: float) -> None:
+        assert 0 <= share < 1, share
+        if share and patch_size(self.clip.visual) is None:
+            raise UserError("patch dropout needs a ViT of open_clip or timm as image tower; set it to 0")
+        self._patch_dropout = share
+
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of one local batch.
 
-        batch: ``image`` uint8 [b, 3, S, S] (or normalised floats), ``token_ids`` int32 [sum], ``seq_lens``
-        int32 [b]. Returns ``image_features`` and ``text_features`` [b, D], L2-normalised in fp32 at least,
+        batch: ``image`` uint8 [b, 3, S, S] (or normalised floats), S any side that the tower takes (see
+        ``takes_size``), ``token_ids`` int32 [sum], ``seq_lens`` int32 [b]. With patch dropout, the patches
+        that stay depend on the model's seed, ``epoch`` (int, default 0), ``source`` int16 [b] (default 0) and
+        ``sample_id`` int64 [b] (default: the row).
+
+        Returns ``image_features`` and ``text_features`` [b, D], L2-normalised in fp32 at least,
         ``logit_scale`` (exponentiated, scalar) and, where the model has one, ``logit_bias``.
         """
         out = {
-            "image_features": self.encode_image(batch["image"]),
+            "image_features": self.encode_image(batch["image"], self._kept(batch)),
             "text_features": self.encode_text(batch["token_ids"], batch["seq_lens"]),
             "logit_scale": self.clip.logit_scale.exp(),
         }
@@ -86,9 +121,24 @@ class ContrastiveModel(nn.Module):
             out["logit_bias"] = self.clip.logit_bias
         return out
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Normalised features [b, D] of uint8 pixels or already normalised floats, [b, 3, S, S]."""
-        return _normalise(encode_image(self.clip.visual, self.pixels(image)))
+    def _kept(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Patches that stay, int64 [b, n] on the model's device; None for all."""
+        size = patch_size(self.clip.visual)
+        if not self.training or not self.patch_dropout or size is None:
+            return None
+        image, device = batch["image"], self.image_mean.device
+        rows, columns = patch_grid(image, size)
+        ids = batch.get("sample_id")
+        ids = torch.arange(len(image), device=device) if ids is None else ids.to(device, non_blocking=True)
+        epoch, source = int(batch.get("epoch", 0)), batch.get("source")
+        return kept_patches(
+            ids, rows * columns, self.patch_dropout, seed=self.seed, epoch=epoch, source=source
+        )
+
+    def encode_image(self, image: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Normalised features [b, D] of uint8 pixels or already normalised floats, [b, 3, S, S]; of the kept
+        patches alone (int64 [b, n]) where these are given."""
+        return _normalise(encode_image(self.clip.visual, self.pixels(image), kept))
 
     def encode_text(self, token_ids: Tensor, seq_lens: Tensor) -> Tensor:
         """Normalised features [b, D] of packed captions."""
@@ -101,6 +151,14 @@ class ContrastiveModel(nn.Module):
             # a third of the time that a CPU takes for (image - mean) / std, to the same values
             image = image.to(self.image_mean.dtype).sub_(self.image_mean).div_(self.image_std)
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+
+def takes_size(clip: nn.Module, side: int) -> str | None:
+    """None if the image tower takes square images of ``side`` pixels, else the reason why not."""
+    visual: Any = clip.visual
+    if reason := takes_side(visual, side):
+        return f"this image tower cannot take images of {side} pixels: {reason}"
+    return None
 
 
 def _normalise(features: Tensor) -> Tensor:

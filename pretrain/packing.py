@@ -12,8 +12,8 @@ released weights (``correct_cls_mask: false``): the first padding token is then 
 its own. Both are kept.
 
 A token whose key is masked and that is not read itself changes nothing and is dropped, wherever it stands:
-CLIP's padding id 0 is also the token "!". Towers that attend to padding (SigLIP) or come from Hugging Face
-run padded.
+CLIP's padding id 0 is also the token "!". Towers that attend to padding (SigLIP) run padded; those from
+Hugging Face in groups of like lengths (see ``grouping``).
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import Group, Sequences, run_blocks, supports_blocks
+from .grouping import cut_by_length
+
+GROUP_OVERHEAD = 32
+"""Tokens whose work equals what one more group costs. On LAION's lengths, forward and backward are 3.9 times
+faster than padded to the longest caption (BERT of 6 layers, width 256, 64 captions) and 1.3 times (4 layers,
+width 768, 16 captions); from 16 to 64 the time is flat."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,12 @@ class PackedText:
     caption: Tensor
 
     def to(self, device: torch.device) -> "PackedText":
-        """The same on another device."""
+        """The same on another device; a GPU's copies are not waited for."""
         is_class = None if self.is_class is None else self.is_class.to(device, non_blocking=True)
-        ids, positions = (t.to(device, non_blocking=True) for t in (self.ids, self.positions))
-        return PackedText(ids, positions, is_class, self.sequences.to(device), self.caption.to(device))
+        ids, positions, caption = (
+            t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.caption)
+        )
+        return PackedText(ids, positions, is_class, self.sequences.to(device), caption)
 
 
 def supports_packing(tower: nn.Module) -> str | None:
@@ -74,11 +82,11 @@ def encode_text(
     """
     device = next(tower.parameters()).device
     if supports_packing(tower) is not None:
-        features = tower(pad_text(tower, token_ids, seq_lens, pad_id).to(device))
-        return features[0] if isinstance(features, tuple) else features
+        return _encode_padded(tower, token_ids, seq_lens, pad_id, device)
     assert isinstance(tower, TextTransformer)
     text = pack_text(tower, token_ids.cpu(), seq_lens.cpu()).to(device)
-    dtype = tower.transformer.get_cast_dtype()
+    # open_clip's get_cast_dtype asks a layer that may be wrapped
+    dtype = cast(Any, tower.transformer.resblocks[0]).attn.in_proj_weight.dtype
     x = tower.token_embedding(text.ids).to(dtype)
     if tower.cls_emb is not None:
         assert text.is_class is not None
@@ -90,6 +98,28 @@ def encode_text(
     return x if tower.text_projection is None else x @ tower.text_projection
 
 
+def _encode_padded(
+    tower: nn.Module, token_ids: Tensor, seq_lens: Tensor, pad_id: int | None, device: torch.device
+) -> Tensor:
+    """Features [b, D] of padded captions; Hugging Face's in groups of like lengths."""
+    padded = pad_text(tower, token_ids, seq_lens, pad_id)
+    # Sharded layers gather their weights at every call: all ranks must make as many.
+    sharded = any(hasattr(parameter, "placements") for parameter in tower.parameters())
+    if not isinstance(tower, HFTextEncoder) or sharded or len(seq_lens) < 2:
+        return _features(tower, padded.to(device, non_blocking=True))
+    lengths, order = seq_lens.cpu().long().sort(stable=True)
+    sizes = cut_by_length(lengths, GROUP_OVERHEAD)
+    parts = zip(padded[order.to(padded.device)].split(sizes), lengths.split(sizes), strict=True)
+    moved = [part[:, : int(n[-1])].to(device, non_blocking=True) for part, n in parts]
+    features = torch.cat([_features(tower, part) for part in moved])
+    return features.index_select(0, order.argsort().to(device, non_blocking=True))
+
+
+def _features(tower: nn.Module, padded: Tensor) -> Tensor:
+    features = tower(padded)
+    return features[0] if isinstance(features, tuple) else features
+
+
 def pad_text(tower: nn.Module, token_ids: Tensor, seq_lens: Tensor, pad_id: int | None = None) -> Tensor:
     """Packed captions as int64 [b, L]: L is the tower's context_length; for Hugging Face towers, whose
     attention masks padding, the longest caption's."""
@@ -97,7 +127,8 @@ def pad_text(tower: nn.Module, token_ids: Tensor, seq_lens: Tensor, pad_id: int 
     if pad_id is None:
         pad_id = int(cast(Any, tower.config).pad_token_id) if hf else int(getattr(tower, "pad_id", 0))
     longest = int(seq_lens.max()) if len(seq_lens) else 1
-    return _grid(token_ids.long(), seq_lens, longest if hf else int(tower.context_length), pad_id)  # type: ignore[arg-type]
+    length = longest if hf else int(cast(Any, tower).context_length)
+    return _grid(token_ids.long(), seq_lens, length, pad_id)
 
 
 def _grid(token_ids: Tensor, seq_lens: Tensor, length: int, fill: int) -> Tensor:

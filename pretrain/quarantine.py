@@ -33,12 +33,12 @@ class Quarantine:
         distributed.barrier()
         self._known = {_sample(row) for row in read_metrics(self.path)}
 
-    def add(self, bad: Sequence[Mapping[str, Any]], *, step: int, samples_seen: int, device: Any) -> None:
+    def add(self, bad: Sequence[Mapping[str, Any]], *, step: int, samples_seen: int) -> None:
         """Take in this rank's damaged samples of one step; every rank calls it in the same step.
 
         Raises UserError, on every rank, past what is allowed.
         """
-        everyone = [row for part in distributed.gather_json(list(bad), device=device) for row in part]
+        everyone = [row for part in distributed.gather_json(list(bad)) for row in part]
         new = {_sample(row): {**row, "step": step} for row in everyone}
         rows = [row for sample, row in new.items() if sample not in self._known]
         self._known |= new.keys()

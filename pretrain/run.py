@@ -12,7 +12,7 @@ from .config import PretrainConfig
 
 __all__ = ["open_run", "run_path"]
 
-# what may change between one start of a run and the next: nothing that the result depends on
+# what may change between one start of a run and the next: what the result depends on by rounding at most
 FREE = (
     "name",
     "out",
@@ -25,6 +25,11 @@ FREE = (
     "data.cache",
     "data.on_bad",
     "data.max_bad_fraction",
+    "loss.tile",
+    "loss.exchange",
+    "train.micro_batch_size",
+    "train.grad_checkpointing",
+    "train.parallel",
     "train.device",
     "train.threads",
     "train.log_every_steps",

@@ -3,12 +3,15 @@
 A checkpoint folder holds ``open_clip_model.safetensors`` and ``open_clip_config.json`` (open_clip loads
 them as ``local-dir:``; with EMA they are the averaged weights and ``train_model.safetensors`` holds the raw
 ones), ``optimizer.safetensors``, ``rng.safetensors`` (every rank's) and ``trainer.json`` (counters, stream
-position, versions).
+position, versions). Tensors are whole in it, however many processes hold them, so that a run with DDP goes
+on with FSDP or in one process and the other way round.
 """
 
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.model import CustomTextCLIP
@@ -19,6 +22,7 @@ from ..configs.versions import versions
 from ..data.stream import Stream
 from . import checkpoint, distributed
 from .ema import Ema
+from .model import ContrastiveModel
 from .towers import bundle_text, open_clip_config
 from .weights import CONFIG_NAME, MODEL_NAME
 
@@ -36,7 +40,7 @@ RAW_NAME, OPTIMIZER_NAME, RNG_NAME, TRAINER_NAME = (
 class TrainState:
     """The parts of a run that a checkpoint holds; ``step`` counts finished optimizer steps."""
 
-    clip: CustomTextCLIP
+    root: ContrastiveModel
     optimizer: torch.optim.Optimizer
     stream: Stream
     ema: Ema | None
@@ -45,26 +49,62 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
 
+    @property
+    def clip(self) -> CustomTextCLIP:
+        """The open_clip model in training."""
+        return self.root.clip
+
+    @contextmanager
+    def exported(self) -> Generator[ContrastiveModel | None]:
+        """On rank 0 a model with the weights that are exported, to evaluate there alone, None elsewhere; all
+        ranks enter it.
+
+        The model in training itself, with the averaged weights in place if there are any; a full copy of it
+        where the parameters are sharded.
+        """
+        own = self.clip.state_dict()
+        if any(distributed.is_sharded(value) for value in own.values()):
+            weights = _whole(own if self.ema is None else self.ema.weights())
+            twin = None
+            if distributed.rank() == 0:
+                twin = cast(ContrastiveModel, distributed.unsharded(self.root))
+                twin.clip.load_state_dict(weights, assign=True)
+                twin.to(self.device)
+            yield twin
+        elif distributed.rank() == 0:
+            with nullcontext() if self.ema is None else self.ema.applied(self.clip):
+                yield self.root
+        else:
+            yield None
+
     def save(self, run: Path, *, keep: int) -> None:
         """Write the checkpoint of this step; all ranks call it, rank 0 writes, all wait until it is there.
 
         Raises UserError on every rank if it cannot be written.
         """
-        rng = self._gather_rng()
+        tensors = self._tensors()
         problem = ""
         if distributed.rank() == 0:
             try:
-                self._write(run, rng, keep)
+                self._write(run, tensors, keep)
             except UserError as error:
                 problem = str(error)
-        if problem := distributed.broadcast_json(problem, device=self.device):
+        if problem := distributed.broadcast_json(problem):
             raise UserError(problem)
 
-    def _write(self, run: Path, rng: dict[str, Tensor], keep: int) -> None:
-        raw = dict(self.clip.state_dict())
-        tensors = {MODEL_NAME: raw, OPTIMIZER_NAME: self._optimizer_tensors(), RNG_NAME: rng}
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of every file, whole, on rank 0."""
+        raw = _whole(self.clip.state_dict())
+        tensors = {
+            MODEL_NAME: raw,
+            OPTIMIZER_NAME: _whole(self._optimizer_tensors()),
+            RNG_NAME: self._gather_rng(),
+        }
         if self.ema is not None:
-            tensors |= {MODEL_NAME: self.ema.weights(), RAW_NAME: raw}
+            tensors |= {MODEL_NAME: _whole(self.ema.weights()), RAW_NAME: raw}
+        return tensors
+
+    def _write(self, run: Path, tensors: dict[str, dict[str, Tensor]], keep: int) -> None:
         trainer = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -91,10 +131,10 @@ class TrainState:
             raise UserError(
                 f"optim.ema_decay: {folder} was trained {_with(trainer['ema'])} an average; set it alike"
             )
-        weights = checkpoint.read_tensors(folder / MODEL_NAME)
+        weights = self._own_share(checkpoint.read_tensors(folder / MODEL_NAME))
         if self.ema is not None:
             self.ema.load_state_dict(trainer["ema"], weights)
-            weights = checkpoint.read_tensors(folder / RAW_NAME)
+            weights = self._own_share(checkpoint.read_tensors(folder / RAW_NAME))
         self.clip.load_state_dict(weights)
         self._load_optimizer(checkpoint.read_tensors(folder / OPTIMIZER_NAME), folder)
         if self.scaler is not None and trainer["scaler"] is not None:
@@ -102,6 +142,11 @@ class TrainState:
         self.stream.load_state_dict(trainer["stream"])
         self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
         self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
+
+    def _own_share(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole weights, sharded as the model's are."""
+        own = self.clip.state_dict()
+        return {name: distributed.like(own[name], w) if name in own else w for name, w in weights.items()}
 
     def _names(self) -> list[str]:
         """Parameter names in the optimizer's order."""
@@ -117,10 +162,14 @@ class TrainState:
         """Moments by parameter name; rates and decays come from the config."""
         state: dict[int, dict[str, Tensor]] = {}
         names = self._names()
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, kind = key.rpartition("/")
+            found.setdefault(name, {})[kind] = value
+        own = dict(self.clip.named_parameters())
         for i, name in enumerate(names):
-            found = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
-            if found:
-                state[i] = found
+            if name in found:
+                state[i] = {kind: _like(own[name], value) for kind, value in found[name].items()}
         if sum(map(len, state.values())) != len(tensors) or (tensors and len(state) != len(names)):
             raise UserError(
                 f"{folder}: its optimizer belongs to another model; give this run another out folder"
@@ -136,8 +185,8 @@ class TrainState:
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         for kind, state in own.items():
-            for rank, value in enumerate(distributed.stack(state.to(self.device))):
-                out[f"rank_{rank:05d}/{kind}"] = value.cpu()
+            for rank, value in enumerate(distributed.stack(state)):
+                out[f"rank_{rank:05d}/{kind}"] = value
         return out
 
     def _load_rng(self, states: dict[str, Tensor]) -> None:
@@ -148,6 +197,21 @@ class TrainState:
             torch.set_rng_state(cpu)
         if self.device.type == "cuda" and (cuda := states.get(f"{rank}/cuda")) is not None:
             torch.cuda.set_rng_state(cuda, self.device)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of every tensor on rank 0; a sharded one comes to the CPU there, and is not kept elsewhere."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = distributed.whole(tensor)
+        if distributed.rank() == 0:
+            out[name] = value.cpu() if distributed.is_sharded(tensor) else value
+    return out
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """An entry of the optimizer's state, sharded as its parameter is if it has its shape."""
+    return distributed.like(parameter, value) if value.shape == parameter.shape else value
 
 
 def _with(ema: Any) -> str:

@@ -44,9 +44,10 @@ class ModelConfig(StrictModel):
     quick_gelu: bool | None = None
     """OpenAI's GELU; null takes what the arch or the pretrained tag says."""
     init_logit_scale: float = Field(default=math.log(1 / 0.07), le=math.log(100))
-    """Initial log temperature: ln(1/0.07) for clip, ln(10) for siglip."""
+    """Initial log temperature: ln(1/0.07) for clip, ln(10) for siglip. Weights of both towers bring their
+    own."""
     init_logit_bias: float | None = None
-    """Initial bias, -10 for siglip; null for none."""
+    """Initial bias, -10 for siglip; null for none. Weights that have one bring their own."""
     pretrained: str | None = None
     """Weights of both towers: an open_clip tag of ``arch``, a .safetensors or .pt file, a checkpoint or run
     folder."""
@@ -94,8 +95,9 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
         "resize_mode": config.resize_mode,
     }
     set_model_preprocess_cfg(model, merge_preprocess_dict(preprocess, chosen))
-    model.model_cfg = model_cfg  # type: ignore[assignment]
-    model.text_folder = source.text_folder if source else None  # type: ignore[assignment]
+    remembering = cast(Any, model)  # open_clip's class has no place for them
+    remembering.model_cfg = model_cfg
+    remembering.text_folder = source.text_folder if source else None
     if source and load_weights:
         weights.load_clip(model, source.file)
     if config.pretrained_image and config.pretrained_image != "timm" and load_weights:
@@ -105,14 +107,16 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
 
 def image_size(model: nn.Module) -> int:
     """Side of the image tower's input in pixels."""
-    size: Any = model.visual.image_size  # type: ignore[union-attr]
+    visual: Any = model.visual
+    size = visual.image_size
     return int(size[0] if isinstance(size, Sequence) else size)
 
 
 def open_clip_config(model: nn.Module) -> dict[str, Any]:
     """Content of ``open_clip_config.json``: open_clip 3.3's ``local-dir:`` builds the same model and
     preprocessing from it."""
-    preprocess = {k: v for k, v in model.visual.preprocess_cfg.items() if k in asdict(PreprocessCfg())}  # type: ignore[union-attr]
+    visual: Any = model.visual
+    preprocess = {k: v for k, v in visual.preprocess_cfg.items() if k in asdict(PreprocessCfg())}
     return {"model_cfg": copy.deepcopy(model.model_cfg), "preprocess_cfg": preprocess}
 
 

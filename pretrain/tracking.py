@@ -112,7 +112,8 @@ def _start_wandb(
     if not known.is_file():
         atomic_write_text(known, f"{folder.resolve().name}-{secrets.token_hex(4)}\n")
     group = known.read_text(encoding="utf-8").strip()
-    mode = "offline" if os.environ.get("WANDB_MODE") == "offline" else config.wandb
+    online = config.wandb == "online" and os.environ.get("WANDB_MODE") != "offline"
+    mode = "online" if online else "offline"
     try:
         run = wandb.init(
             project=config.project,
@@ -123,7 +124,7 @@ def _start_wandb(
             tags=list(config.tags),
             config=dict(run_config),
             dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
         )
     except (wandb.Error, OSError) as error:

@@ -5,9 +5,8 @@ over the global batch. One small all-reduce a step carries what all must know: d
 stop, a failure.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +19,32 @@ from ..data.text import tokenizer_for
 from . import distributed
 from .checkpoint import newest_checkpoint, remove_leftovers
 from .clock import Clock
+from .compiled import compile_blocks
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
 from .ema import Ema
 from .encode import quick_retrieval
-from .engine import build_accelerator, keep_freed_memory, on_rank_0, set_threads, settle_buckets, together
+from .engine import (
+    build_accelerator,
+    keep_freed_memory,
+    no_sync,
+    on_rank_0,
+    prepare,
+    set_threads,
+    together,
+)
+from .fit import check_fit, check_length, notes
+from .flops import Costs
+from .gradcache import forward_backward
+from .guard import FiniteGuard
+from .locking import lock
 from .model import ContrastiveModel, build_model, clamp_logit_scale, image_size, open_clip_config
 from .optim import build_optimizer, clip_gradients, set_lr
+from .prefetch import PixelCopier
 from .quarantine import Quarantine
 from .run import open_run, run_path
 from .schedule import lr_at
+from .stages import patch_dropout_at
 from .state import TrainState
 from .stop import StopRequest, stop_on_signals
 from .tracking import Tracker, cut_metrics
@@ -87,7 +102,7 @@ class _Run:
         self.batch_size = config.train.global_batch_size
         set_threads(config.train.threads)
         keep_freed_memory()
-        with together(device):
+        with together():
             self._build_model()
             self._open_data()
         self._check_data()
@@ -102,7 +117,12 @@ class _Run:
         torch.manual_seed(config.seed + 1 + self.rank)
         text_cfg = open_clip_config(self.clip)["model_cfg"]["text_cfg"]
         self.tokenizer = tokenizer_for(text_cfg, getattr(self.clip, "text_folder", None))
-        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id).to(self.device)
+        check_fit(config, self.clip)
+        lock(self.clip, config.lock)
+        self.clip.set_grad_checkpointing(config.train.grad_checkpointing)
+        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id, seed=config.seed)
+        self.root.to(self.device)
+        self.patch_dropout = self.root.patch_dropout
         self.image_size = image_size(self.clip)
 
     def _open_data(self) -> None:
@@ -113,15 +133,18 @@ class _Run:
             global_batch_size=self.batch_size,
             image_size=self.image_size,
             tokenizer=self.tokenizer,
+            stages=config.stages,
             rank=self.rank,
             world_size=self.world_size,
             pin_memory=self.device.type == "cuda",
         )
         self.total_steps = self._total_steps()
+        check_length(config, self.total_steps * self.batch_size)
+        self.micro_batches = config.train.micro_batches(self.world_size)
 
     def _check_data(self) -> None:
         """All ranks must have opened the same: on another node a path or a list of keys may be another."""
-        states = distributed.gather_json(self.stream.state_dict(), device=self.device)
+        states = distributed.gather_json(self.stream.state_dict())
         if odd := [rank for rank, state in enumerate(states) if state != states[0]]:
             raise UserError(
                 f"data.train: rank {odd[0]} has other data than rank 0 ({len(odd)} of {len(states)} ranks "
@@ -131,35 +154,38 @@ class _Run:
     def _build_engine(self) -> None:
         config = self.config
         self.accelerator = build_accelerator(config.train.precision, self.device)
-        self.model = self.accelerator.prepare_model(self.root)
-        settle_buckets(self.model, self.root, self.tokenizer)
+        self.costs = Costs(self.root)
+        if config.train.compile:
+            compile_blocks(self.root)
+        self.to_device = PixelCopier(self.device)
+        self.model = prepare(self.root, self.accelerator, config.train.parallel, self.tokenizer)
         optimizer = build_optimizer(self.root, config.optim)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         ema = Ema(self.clip, config.optim.ema_decay) if config.optim.ema_decay else None
-        self.state = TrainState(self.clip, optimizer, self.stream, ema, self.accelerator.scaler, self.device)
+        scaler = self.accelerator.scaler
+        self.state = TrainState(self.root, optimizer, self.stream, ema, scaler, self.device)
+        self.guard = FiniteGuard(self.device, scaled=scaler is not None)
 
     def _open_folder(self) -> None:
         """The held-out shards, and the run folder where the run stopped or at its start."""
         config = self.config
         held_out = config.evaluate.data
-        self.held_out = (
-            on_rank_0(lambda: open_shards(held_out, **config.data.storage), self.device) if held_out else None
-        )
-        on_rank_0(lambda: open_run(config), self.device)
+        self.held_out = on_rank_0(lambda: open_shards(held_out, **config.data.storage)) if held_out else None
+        on_rank_0(lambda: open_run(config))
         self.folder = run_path(config)
         self.quarantine = Quarantine(
             self.folder / "quarantine.jsonl",
             lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
         )
-        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""), self.device)
-        if name := distributed.broadcast_json(newest, device=self.device):
+        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""))
+        if name := distributed.broadcast_json(newest):
             self.state.load(Path(name))
         if self.rank == 0:
             remove_leftovers(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
         self.tracker = on_rank_0(
-            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json")), self.device
+            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
         )
 
     def _total_steps(self) -> int:
@@ -174,48 +200,44 @@ class _Run:
         config, state = self.config, self.state
         if self.show is not None:
             self.show.start(self._facts())
-        batches = iter(self.stream)
         saved, stopping = state.step, False
-        clock = Clock(state.samples_seen)
+        precision = config.train.precision
+        clock = Clock(state.samples_seen, device=self.device, costs=self.costs, precision=precision)
         self.model.train()
         while state.step < self.total_steps and not stopping:
-            batch, stopping = self._next(batches, stop, clock)
+            batch, stopping = self._next(stop, clock)
 
             # -- one step: features, loss over the global batch, averaged gradients, update
-            lr = lr_at(
-                config.schedule,
-                config.optim.lr,
-                samples_seen=state.samples_seen,
-                total_samples=self.total_steps * self.batch_size,
-                batch=self.batch_size,
+            lr = self._enter_step()
+            out = forward_backward(
+                self.model,
+                batch,
+                partial(self._loss, batch),
+                micro_batches=self.micro_batches,
+                backward=self.accelerator.backward,
+                no_sync=lambda: no_sync(self.model),
+                part=clock.part,
             )
-            set_lr(self.optimizer, lr)
-            out = self.model(batch)
-            loss = contrastive_loss(
-                **out,
-                valid=batch["valid"],
-                caption_hash=batch["caption_hash"],
-                kind=config.loss.kind,
-                duplicates=config.loss.duplicates,
-                tile=config.loss.tile,
-            )
-            self.accelerator.backward(loss)
-            self.accelerator.unscale_gradients(self.optimizer)
-            grad_norm = clip_gradients(self.root.parameters(), config.optim.clip_grad_norm)
-            self._check_finite(loss, grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            clamp_logit_scale(self.root)
-            if state.ema is not None:
-                state.ema.update(self.clip)
+            with clock.part("update"):
+                self.accelerator.unscale_gradients(self.optimizer)
+                grad_norm = clip_gradients(self.root.parameters(), config.optim.clip_grad_norm)
+                self.guard.look(state.step + 1, out["loss"], grad_norm)
+                if not self.guard.waits:
+                    self.guard.check(config.optim.lr)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                clamp_logit_scale(self.root)
+                if state.ema is not None:
+                    state.ema.update(self.clip)
             state.step += 1
             state.samples_seen += self.batch_size
-            clock.count(batch)
+            clock.count(batch, recomputed=self.micro_batches > 1 or config.train.grad_checkpointing)
 
             # -- what the step leaves behind
             last = state.step == self.total_steps or stopping
             if state.step % config.train.log_every_steps == 0 or last:
-                row = {"epoch": batch["epoch"], "loss": loss.item(), "lr": lr}
+                self.guard.check(config.optim.lr)
+                row = {"epoch": batch["epoch"], "loss": out["loss"].item(), "lr": lr}
                 row |= {"logit_scale": out["logit_scale"].item(), "grad_norm": grad_norm.item()}
                 self._log("train", row | clock.row(state.samples_seen, self.world_size))
             if self._validation_due(stopping):
@@ -223,56 +245,68 @@ class _Run:
                     self._validate()
             if state.step % config.train.save_every_steps == 0 or last:
                 with clock.paused():
+                    self.guard.check(config.optim.lr)
                     state.save(self.folder, keep=config.train.keep_checkpoints)
                 saved = state.step
         assert saved == state.step
         return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
 
-    def _next(self, batches: Iterator[Batch], stop: StopRequest, clock: Clock) -> tuple[Batch, bool]:
+    def _enter_step(self) -> float:
+        """Set learning rate and patch dropout for the step that comes; returns the rate."""
+        config, seen = self.config, self.state.samples_seen
+        lr = lr_at(
+            config.schedule,
+            config.optim.lr,
+            samples_seen=seen,
+            total_samples=self.total_steps * self.batch_size,
+            batch=self.batch_size,
+        )
+        set_lr(self.optimizer, lr)
+        self.root.patch_dropout = patch_dropout_at(config.stages, seen, self.patch_dropout)
+        return lr
+
+    def _loss(self, batch: Batch, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return contrastive_loss(
+            **features,
+            valid=batch["valid"],
+            caption_hash=batch["caption_hash"],
+            weight=batch.get("weight"),
+            **self.config.loss.model_dump(),
+        )
+
+    def _next(self, stop: StopRequest, clock: Clock) -> tuple[Batch, bool]:
         """This rank's next batch and whether to stop after it. A failure on one rank is raised on all."""
         batch: Batch = {}
         problem = ""
         try:
             with clock.waiting():
-                batch = next(batches)
+                batch = self.to_device(next(self.stream))
         except UserError as error:
             problem = str(error)
         bad = batch.get("bad", [])
-        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem))], device=self.device)
+        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem))])
         damaged, asked, failed = distributed.all_reduce_sum(flags).tolist()
         if failed:
-            problems = distributed.gather_json(problem, device=self.device)
+            problems = distributed.gather_json(problem)
             raise UserError(next(text for text in problems if text))
         if damaged:
             seen = self.state.samples_seen + self.batch_size
-            self.quarantine.add(bad, step=self.state.step + 1, samples_seen=seen, device=self.device)
+            self.quarantine.add(bad, step=self.state.step + 1, samples_seen=seen)
         return batch, asked > 0
-
-    def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Stop before weights are damaged. fp16's scaler copes with gradients that overflow."""
-        finite = torch.isfinite(loss)
-        if self.accelerator.scaler is None:
-            finite = finite & torch.isfinite(grad_norm)
-        if not bool(finite):  # sync point; the loss has some already
-            raise UserError(
-                f"optim.lr: the loss diverged at step {self.state.step + 1} (loss {loss.item():.4g}, "
-                f"gradient norm {grad_norm.item():.4g}); lower optim.lr (now {self.config.optim.lr:g}) or "
-                "lengthen schedule.warmup_samples; checkpoints up to here are untouched"
-            )
 
     def _validation_due(self, stopping: bool) -> bool:
         step, every = self.state.step, self.config.evaluate.every_steps
-        return self.held_out is not None and (
+        return self.config.evaluate.data is not None and (
             step == self.total_steps or (step % every == 0 and not stopping)
         )
 
     def _validate(self) -> None:
         """Rank 0 scores the held-out shards with the weights that would be exported."""
-        assert self.held_out is not None
-        ema = self.state.ema
-        with nullcontext() if ema is None else ema.applied(self.clip):
+        with self.state.exported() as root:
+            if root is None or self.held_out is None:
+                return
             scores = quick_retrieval(
-                self.root,
+                root,
                 self.held_out,
                 self.tokenizer,
                 self.image_size,
@@ -305,6 +339,7 @@ class _Run:
             "precision": self.config.train.precision,
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self.clip.parameters()),
+            "notes": list(notes(self.config, self.clip, self.world_size)),
         }
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import open_clip
+import torch
 from open_clip.factory import load_checkpoint, load_state_dict
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def load_clip(model: nn.Module, path: Path) -> None:
     """Load both towers strictly. Image position embeddings are resized (as open_clip does), text ones are
-    not.
+    not. A logit bias that the file does not have stays as it is.
 
     Raises UserError if names or shapes do not fit, the context length among them.
     """
@@ -130,11 +131,16 @@ def load_clip(model: nn.Module, path: Path) -> None:
                 f"model.text_cfg.context_length: the model has {own.shape[0]} text positions, {path} has "
                 f"{state[key].shape[0]}; set the same"
             )
+    bias: Tensor | None = getattr(model, "logit_bias", None)
+    kept = None if bias is None or "logit_bias" in state else bias.detach().clone()
     del state
     try:
-        load_checkpoint(model, str(path), strict=True, weights_only=True)  # type: ignore[arg-type]
+        load_checkpoint(cast(Any, model), str(path), strict=True, weights_only=True)
     except (RuntimeError, AssertionError, KeyError, AttributeError) as error:
         raise UserError(f"model.pretrained: {path} does not fit the model: {_short(error)}") from error
+    if bias is not None and kept is not None:
+        with torch.no_grad():
+            bias.copy_(kept)  # open_clip makes it 0
 
 
 def _short(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """A small corpus to stream, and ways to look at what comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from diptych.data.augment import AugmentConfig
 from diptych.data.captions import CaptionConfig
 from diptych.data.config import DataConfig, SourceConfig
 from diptych.data.shards import ShardWriter
+from diptych.data.stages import StageConfig
 from diptych.data.stream import Stream, open_stream
 from diptych.data.text import Tokenizer, build_tokenizer
 
@@ -50,6 +51,9 @@ def stream_of(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    image_size: int = SIZE,
+    tokenizer: Tokenizer = TOKENIZER,
+    stages: Sequence[StageConfig] = (),
     **settings: Any,
 ) -> Stream:
     train = str(folder) if isinstance(folder, Path) else tuple(SourceConfig(**one) for one in folder)
@@ -60,8 +64,9 @@ def stream_of(
         config,
         seed=seed,
         global_batch_size=batch,
-        image_size=SIZE,
-        tokenizer=TOKENIZER,
+        image_size=image_size,
+        tokenizer=tokenizer,
+        stages=stages,
         rank=rank,
         world_size=world_size,
         pin_memory=pin_memory,

@@ -18,7 +18,7 @@ from PIL import Image
 from diptych.configs.errors import UserError
 from diptych.data import plain_tars
 from diptych.data.config import DataConfig
-from diptych.data.plain import PlainStream, is_plain, open_plain
+from diptych.data.plain import PlainStream, is_plain
 from diptych.data.plain_tars import Tar, deal, expand, read_tar, shuffled
 from diptych.data.shards import DamagedSample
 from diptych.data.stream import open_stream
@@ -301,7 +301,7 @@ def test_lists_in_braces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_streamed_is_told(train: Any, settings: dict[str, Any], message: str) -> None:
     config = DataConfig(**{"train": train, "epoch_samples": 60} | settings)
     with pytest.raises(UserError, match=message):
-        open_plain(config, seed=0, global_batch_size=6, image_size=SIZE, tokenizer=TOKENIZER)
+        open_stream(config, seed=0, global_batch_size=6, image_size=SIZE, tokenizer=TOKENIZER)
 
 
 def test_tars_without_a_sample_end_the_run(tmp_path: Path) -> None:

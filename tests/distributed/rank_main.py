@@ -1,10 +1,12 @@
 """One rank of a test's process group; run by the ``ranks`` fixture, which gives ``JOB``."""
 
-import importlib.util
+import importlib
 import os
+import sys
 import traceback
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,14 +20,15 @@ def main() -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}  # for Accelerate
     meet = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
     try:
-        spec = importlib.util.spec_from_file_location("rank_test", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        package = ModuleType("rank_tests")  # so that the test finds its neighbours
+        package.__path__ = [str(Path(file).parent)]
+        sys.modules["rank_tests"] = package
+        module = importlib.import_module(f"rank_tests.{Path(file).stem}")
         arguments: Any = torch.load(f"{folder}/arguments.pt", weights_only=True)
         torch.save(getattr(module, name)(rank, world_size, *arguments), f"{folder}/result_{rank}.pt")
     except BaseException:

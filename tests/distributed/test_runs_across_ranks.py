@@ -10,7 +10,7 @@ import pytest
 
 from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
 
-from ..pretrain.train_runs import finish, launch, losses, make_data, write_config
+from ..pretrain.train_runs import finish, launch, losses, make_data, rows, write_config
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,16 @@ def test_ranks_with_other_data_are_told_before_training(config: Path, tmp_path: 
     assert len(told) == 1
     assert "data.train: rank 1 has other data than rank 0 (1 of 2 ranks differ" in told[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("trunk", "parallel"), [("test_resnet", "ddp"), ("test_resnet", "fsdp"), ("test_convnext", "fsdp")]
+)
+def test_convolutional_towers_train_on_two_ranks_and_tell_their_work(
+    trunk: str, parallel: str, config: Path, tmp_path: Path
+) -> None:
+    tower = f"model.vision_cfg={{timm_model_name: {trunk}, timm_proj: linear, image_size: 32}}"
+    short = ["train.total_samples=48", f"train.parallel={parallel}"]
+    finish(launch(config, tmp_path / "run", 2, tower, *short))
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+    assert all(row["tflops_computed"] > 0 for row in rows(tmp_path / "run"))

@@ -12,7 +12,9 @@ from diptych.pretrain.contrastive import contrastive_loss
 from diptych.pretrain.model import ContrastiveModel, ModelConfig, build_model, clamp_logit_scale
 from diptych.pretrain.optim import OptimConfig, build_optimizer
 
-BATCH, STEPS, SIZE = 12, 3, 32
+from .pairs_of_ranks import SIZE, global_batch
+
+BATCH, STEPS = 12, 3
 TEXT = {"context_length": 10, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2}
 VISION: dict[str, dict[str, Any]] = {
     "vit": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "image_size": SIZE},
@@ -25,19 +27,7 @@ VISION: dict[str, dict[str, Any]] = {
 
 
 def batch(step: int, rows: slice) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    image = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    lengths = torch.randint(2, 11, (BATCH,), generator=generator)
-    captions = [torch.randint(1, 48, (int(n),), generator=generator) for n in lengths]
-    for caption in captions:
-        caption[-1] = 49
-    return {
-        "image": image[rows],
-        "token_ids": torch.cat([*captions[rows], torch.zeros(0, dtype=torch.long)]).int(),
-        "seq_lens": lengths[rows].int(),
-        "valid": (torch.arange(BATCH) != 5)[rows],
-        "caption_hash": (torch.arange(BATCH) % 10)[rows],
-    }
+    return global_batch(step, rows)
 
 
 def train(vision: str, rows: slice) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hugging Face text towers: run padded to the longest caption, and bundled into the checkpoint."""
+"""Hugging Face text towers: run in groups of like lengths, and bundled into the checkpoint."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from diptych.configs.errors import UserError
 from diptych.pretrain.model import ContrastiveModel, ModelConfig, build_model, bundle_text, open_clip_config
-from diptych.pretrain.packing import supports_packing
+from diptych.pretrain.packing import encode_text, supports_packing
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
@@ -59,6 +59,27 @@ def test_captions_padded_to_the_longest_equal_captions_padded_to_the_context(ber
     padded[0, :5], padded[1, :3] = token_ids[:5], token_ids[5:]
     features = ContrastiveModel(model).encode_text(token_ids, seq_lens)
     torch.testing.assert_close(features, model.encode_text(padded, normalize=True), atol=1e-6, rtol=0)
+
+
+def test_captions_grouped_by_length_equal_one_padded_batch_in_features_and_gradients(bert: str) -> None:
+    model = build_model(settings(bert)).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 13, (40,), generator=generator)
+    captions = [torch.randint(2, len(WORDS), (int(n),), generator=generator) for n in lengths]
+    padded = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+    calls: list[torch.Size] = []
+    model.text.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
+    found = encode_text(model.text, torch.cat(captions).int(), lengths.int())
+    assert len(calls) > 1
+    assert sum(b * n for b, n in calls) < 0.8 * padded.numel()
+    truth = model.text(padded)
+    torch.testing.assert_close(found, truth, atol=1e-12, rtol=0)
+    direction = torch.randn(truth.shape, dtype=truth.dtype, generator=generator)
+    parameters = [p for p in model.text.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((truth * direction).sum(), parameters)
+    gradients = torch.autograd.grad((found * direction).sum(), parameters)
+    for value, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(value, exact, atol=1e-11, rtol=1e-11)
 
 
 def test_a_checkpoint_carries_the_towers_config_and_tokenizer(bert: str, tmp_path: Path) -> None:

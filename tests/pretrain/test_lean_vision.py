@@ -1,13 +1,16 @@
 """The lean ViT against open_clip's own, in fp64."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from open_clip.model import resize_pos_embed
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from diptych.pretrain.lean_vision import embed_patches, encode_image
+from diptych.pretrain.blocks import lean
+from diptych.pretrain.lean_vision import embed_patches, encode_image, takes_side
 
 TOWERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -36,7 +39,7 @@ def build_tower(**options: Any) -> VisionTransformer:
     tower = VisionTransformer(**{**defaults, **options}).double()
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return tower
+    return lean(tower)
 
 
 def gradients(tower: nn.Module, features: Tensor) -> dict[str, Tensor]:
@@ -67,13 +70,49 @@ def test_patches_as_a_matrix_product_equal_the_convolution() -> None:
     torch.testing.assert_close(embed_patches(tower, image), truth, atol=1e-13, rtol=0)
 
 
-def test_patch_dropout_draws_what_open_clip_draws() -> None:
-    tower = build_tower(patch_dropout=0.5).train()
-    image = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    torch.manual_seed(7)
-    truth = tower(image)
-    torch.manual_seed(7)
-    torch.testing.assert_close(encode_image(tower, image), truth, atol=1e-12, rtol=0)
+def kept_by(tower: Any, count: int, kept: Tensor) -> Tensor:
+    """The tower's own features of images of which it sees some patches: the dropping layer put in place."""
+
+    class Drop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first = x.shape[1] - count
+            rows = torch.arange(len(x))[:, None]
+            return torch.cat([x[:, :first], x[:, first:][rows, kept]], dim=1)
+
+    name = "patch_drop" if hasattr(tower, "trunk") else "patch_dropout"
+    setattr(getattr(tower, "trunk", tower), name, Drop())
+    return tower(torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+
+
+KEPT = torch.tensor([[0, 3, 15], [1, 2, 4], [13, 14, 15]])
+
+
+@pytest.mark.parametrize("name", ["plain", "mean of patches", "attention pooling"])
+def test_dropped_patches_are_left_out_as_if_dropped_after_the_embedding(name: str) -> None:
+    tower = build_tower(**TOWERS[name])
+    image = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    features = encode_image(tower, image, KEPT)
+    torch.testing.assert_close(features, kept_by(tower, 16, KEPT), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("side", [24, 48])
+def test_another_side_equals_a_tower_whose_positions_were_resized(side: int) -> None:
+    tower, other = build_tower(), build_tower(image_size=side)
+    state, before = tower.state_dict(), tower.positional_embedding
+    positions = {"visual.positional_embedding": tower.positional_embedding.detach().clone()}
+    resize_pos_embed(positions, SimpleNamespace(visual=other))  # pyright: ignore[reportArgumentType]
+    state["positional_embedding"] = positions["visual.positional_embedding"]
+    other.load_state_dict(state)
+    image = torch.randn(2, 3, side, side, dtype=torch.float64)
+    features = encode_image(tower, image)
+    torch.testing.assert_close(features, other(image), atol=1e-12, rtol=0)
+    features.sum().backward()
+    assert tower.positional_embedding is before
+    assert before.grad is not None
+    assert before.grad.shape == before.shape
+    assert before.grad[1:].abs().min() > 0
+    assert takes_side(tower, side) is None
+    assert "patches" in str(takes_side(tower, 7))
 
 
 def test_other_towers_run_as_they_are() -> None:

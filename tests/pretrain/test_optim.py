@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from typing import Any
 
 import open_clip_train.scheduler as reference
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from diptych.configs.errors import UserError
 from diptych.pretrain.ema import Ema
+from diptych.pretrain.engine import set_threads
+from diptych.pretrain.layer_decay import layer_numbers, layer_scales
 from diptych.pretrain.model import ContrastiveModel, ModelConfig, build_model
 from diptych.pretrain.optim import OptimConfig, build_optimizer, clip_gradients, decays, set_lr
 from diptych.pretrain.schedule import ScheduleConfig, lr_at, lr_factor
@@ -23,8 +27,20 @@ MODEL = ModelConfig(
 )
 
 
-def test_decay_groups_are_open_clips() -> None:
-    model = build_model(MODEL)
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("visual", {"layers": 3, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}),
+    "timm_vit": ("visual", {"timm_model_name": "test_vit", "image_size": 160}),
+    "timm_resnet": ("visual", {"timm_model_name": "test_resnet", "image_size": 32}),
+    "resnet": ("visual", {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}),
+    "text": ("text", {"timm_model_name": "test_resnet", "image_size": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_vit", "timm_resnet", "resnet"])
+def test_decay_groups_are_open_clips(kind: str) -> None:
+    towers: dict[str, Any] = {"vision_cfg": TOWERS[kind][1], "text_cfg": MODEL.text_cfg}
+    model = build_model(ModelConfig(embed_dim=8, init_logit_bias=-10.0, **towers))
+    assert not decays("logit_bias", model.logit_bias)
     for name, p in model.named_parameters():
         excluded = p.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
         assert decays(name, p) == (not excluded), name
@@ -154,3 +170,91 @@ def test_the_average_resumes_from_its_state() -> None:
     assert first.state_dict() == second.state_dict()
     assert all(first.weights()[k].equal(v) for k, v in second.weights().items())
     assert math.isclose(float(first.state_dict()["updates"]), 3)
+
+
+FIRST_AND_LAST = {
+    "vit": ("conv1.weight", "transformer.resblocks.2.ln_1.weight", 3, "proj", 4),
+    "timm_vit": ("trunk.patch_embed.proj.weight", "trunk.blocks.5.norm1.weight", 6, "head.proj.weight", 7),
+    "timm_resnet": ("trunk.conv1.0.weight", "trunk.layer4.0.conv1.weight", 4, "head.proj.weight", 5),
+    "resnet": ("conv1.weight", "layer4.0.conv1.weight", 4, "attnpool.q_proj.weight", 5),
+    "text": ("token_embedding.weight", "transformer.resblocks.0.ln_1.weight", 1, "text_projection", 2),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_layers_count_from_the_input_to_the_projection(kind: str) -> None:
+    attribute, vision = TOWERS[kind]
+    model = build_model(ModelConfig(embed_dim=8, vision_cfg=vision, text_cfg=MODEL.text_cfg))
+    tower = getattr(model, attribute)
+    numbers = layer_numbers(tower)
+    assert numbers.keys() == {name for name, _ in tower.named_parameters()}
+    stem, block, block_number, projection, last = FIRST_AND_LAST[kind]
+    assert (numbers[stem], numbers[block], numbers[projection]) == (0, block_number, last)
+    assert set(numbers.values()) <= set(range(last + 1))
+    scales = layer_scales(tower, 0.5)
+    assert scales[projection] == 1
+    assert scales[stem] == 0.5**last
+
+
+def test_layers_of_an_open_clip_vit_are_the_groups_that_it_locks() -> None:
+    vision = TOWERS["vit"][1]
+    for groups in range(1, 5):
+        tower = build_model(ModelConfig(embed_dim=8, vision_cfg=vision, text_cfg=MODEL.text_cfg)).visual
+        tower.lock(groups)
+        numbers = layer_numbers(tower)
+        for name, p in tower.named_parameters():
+            assert p.requires_grad == (numbers[name] > max(numbers.values()) - groups), name
+
+
+def test_rates_fall_towards_the_input_of_each_tower() -> None:
+    model = ContrastiveModel(build_model(MODEL))
+    config = OptimConfig(lr=1.0, image_lr_scale=0.1, image_layer_decay=0.5, text_layer_decay=0.8)
+    rates = {
+        id(p): group["lr"] for group in build_optimizer(model, config).param_groups for p in group["params"]
+    }
+    clip = model.clip
+    assert rates[id(clip.logit_scale)] == 1
+    assert rates[id(clip.text.token_embedding.weight)] == pytest.approx(0.8**2)
+    assert rates[id(clip.text.text_projection)] == 1
+    first = next(clip.visual.trunk.parameters())
+    assert rates[id(first)] == pytest.approx(0.1 * 0.5**5)
+
+
+def test_layers_of_a_strange_tower_are_a_user_error() -> None:
+    with pytest.raises(UserError, match="layers of Linear are unknown"):
+        layer_scales(nn.Linear(2, 2), 0.5)
+
+
+def test_a_constant_course_does_not_depend_on_the_end_before_it_cools_down() -> None:
+    """So a run can be made longer from any checkpoint of the plateau."""
+    config = ScheduleConfig(kind="constant", warmup_samples=50, cooldown_samples=200)
+    for seen in range(0, 800, 10):
+        short, long = (lr_factor(config, samples_seen=seen, total_samples=t, batch=10) for t in (1000, 5000))
+        assert short == long
+
+
+@pytest.mark.parametrize(
+    ("threads", "asked", "processes", "expected"),
+    [
+        (3, "2", 1, 3),
+        (None, "2", 1, 2),
+        (None, "1", 1, 1),
+        (None, "2,1", 1, 2),
+        (None, None, 1, 8),
+        (None, "1", 2, 4),  # torchrun's own
+        (None, "3", 2, 3),
+        (None, "", 16, 1),
+    ],
+)
+def test_threads_are_those_asked_for_or_a_share_of_the_cores(
+    threads: int | None, asked: str | None, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", got.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    set_threads(threads)
+    assert got == [expected]

@@ -7,7 +7,7 @@ import torch
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from diptych.pretrain.blocks import run_blocks
+from diptych.pretrain.blocks import lean, run_blocks
 from diptych.pretrain.packing import encode_text, pack_text, pad_text, supports_packing
 
 CONTEXT, VOCAB, START, END = 16, 99, 97, 98
@@ -58,7 +58,7 @@ def build_tower(**options: Any) -> TextTransformer:
     tower = TextTransformer(**every).double()
     for parameter in tower.parameters():  # biases and norms start at 0 and 1, which would hide mistakes
         nn.init.normal_(parameter, std=0.3)
-    return tower
+    return lean(tower)
 
 
 def captions(seed: int, count: int = 20) -> list[Tensor]:

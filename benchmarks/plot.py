@@ -1,0 +1,249 @@
+"""Tables and plot of docs/performance.md from the newest rows of benchmarks/results.
+
+    python benchmarks/plot.py
+
+Each block of the document between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is written anew; blocks
+whose benchmark has no row yet stay as they are. The plot is docs/images/performance.svg.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rows import RESULTS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Row = dict[str, Any]
+KINDS = {"open_clip": "open_clip 3.3.0", "exact": "exact", "masked": "half of the patches"}
+COLOURS = {"open_clip": "#8a8f98", "exact": "#2f6fb3", "masked": "#d9822b"}
+
+
+def newest(benchmark: str, key: str | None = None, results: Path = RESULTS) -> list[Row]:
+    """The newest row, or the newest of each value of ``key``, in order of first appearance; without those of
+    --quick runs."""
+    file = results / f"{benchmark}.jsonl"
+    found: dict[Any, Row] = {}
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        row = json.loads(line)
+        if row.get("model") != "quick" and not row.get("quick"):
+            found[row.get(key) if key else None] = row
+    return list(found.values())
+
+
+def table(head: list[str], lines: list[list[Any]]) -> str:
+    """Markdown; numbers with three digits that count."""
+    rows = [head, ["---"] * len(head), *([cell(value) for value in line] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+def step_table(results: Path) -> str:
+    """Speeds, memory and roof of a step."""
+    lines: list[list[Any]] = []
+    for row in newest("train_step", "model", results):
+        for kind, label in KINDS.items():
+            suffix = {"open_clip": "_open_clip", "exact": "", "masked": "_masked"}[kind]
+            speedup = row.get(f"speedup_{kind}")
+            lines.append(
+                [
+                    f"{row['model']}, batch {row['batch_size']}",
+                    label,
+                    row["samples_per_cpu_second"][kind],
+                    f"**{speedup:.2f}**" if speedup else "1",
+                    row["memory_mib"][kind],
+                    f"{row['memory_mib'][kind] / row['memory_mib']['open_clip']:.2f}",
+                    row["gflop_per_sample"][kind],
+                    row[f"roof_ratio{suffix}"],
+                ]
+            )
+    head = ["model", "step", "samples / CPU s", "times open_clip", "peak MiB", "of open_clip's"]
+    return table([*head, "GFLOP / sample", "times its roof"], lines)
+
+
+def difference_table(results: Path) -> str:
+    rows = newest("train_step", "model", results)
+    lines = [[row["model"], f"{row['difference_fp64']:.1e}", row["gemm_gflops"]] for row in rows]
+    head = [
+        "model",
+        "largest difference of a parameter after 5 steps in fp64",
+        "GEMM peak, GFLOP/s, one thread",
+    ]
+    return table(head, lines)
+
+
+def shares_table(results: Path) -> str:
+    """Where the processor time of a step goes."""
+    rows = newest("train_step", "model", results)
+    head = ["share of the step"] + [f"{row['model']} {KINDS[kind]}" for row in rows for kind in KINDS]
+    parts = list(rows[0]["shares"]["exact"]) if rows else []
+    lines = [[part, *(f"{r['shares'][kind][part]:.1%}" for r in rows for kind in KINDS)] for part in parts]
+    return table(head, lines)
+
+
+def end_to_end_table(results: Path) -> str:
+    lines: list[list[Any]] = []
+    for row in newest("end_to_end", "model", results):
+        speedups = {
+            "open_clip": "1",
+            "exact": f"**{row['speedup']:.2f}**",
+            "masked": f"{row['speedup_masked']:.2f}",
+        }
+        for kind, label in KINDS.items():
+            rates = [row["samples_per_cpu_second"][kind], speedups[kind], row["peak_rss_mib"][kind]]
+            lines.append([label, *rates])
+    return table(["training", "samples / CPU s", "times open_clip", "peak RSS, MiB"], lines)
+
+
+def loss_table(results: Path) -> str:
+    lines = [
+        [row["batch"], row.get("speedup"), row.get("memory_ratio")]
+        for row in newest("loss", "batch", results)
+    ]
+    return table(["batch", "times ClipLoss's speed", "peak memory, share of ClipLoss's"], lines)
+
+
+def scalars_table(benchmark: str, results: Path) -> str:
+    """All plain numbers of the newest row."""
+    skip = ("benchmark", "date", "machine")
+    rows = newest(benchmark, None, results)
+    plain = [
+        [k, v] for row in rows for k, v in row.items() if k not in skip and not isinstance(v, (dict, list))
+    ]
+    return table(["figure", "value"], plain)
+
+
+def accuracy_table(results: Path) -> str:
+    lines: list[list[Any]] = []
+    for row in newest("time_to_accuracy", None, results):
+        end = row["open_clip_s"]
+        lines.append(["open_clip's recipe", f"{end:.0f}", f"{row['target_score']:.3f}", f"{end:.0f}", "1"])
+        for line in row["table"]:
+            to = line["to_target_s"]
+            name = f"**{line['name']}**" if line["name"] == "Diptych" else line["name"]
+            lines.append(
+                [
+                    name,
+                    f"{line['cpu']:.0f}",
+                    f"{line['score']:.3f}",
+                    "not reached" if to is None else f"{to:.0f}",
+                    f"{line['speedup']:.2f}" if to else "",
+                ]
+            )
+    return table(
+        ["recipe", "CPU s in all", "score at the end", "CPU s to open_clip's score", "speedup"], lines
+    )
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "step": ("train_step", step_table),
+    "difference": ("train_step", difference_table),
+    "shares": ("train_step", shares_table),
+    "end_to_end": ("end_to_end", end_to_end_table),
+    "loss": ("loss", loss_table),
+    "grad_cache": ("grad_cache", lambda results: scalars_table("grad_cache", results)),
+    "compile": ("compile", lambda results: scalars_table("compile", results)),
+    "time_to_accuracy": ("time_to_accuracy", accuracy_table),
+}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """The document with its blocks written anew."""
+    for name, (benchmark, make) in BLOCKS.items():
+        if newest(benchmark, None, results):
+            block = f"<!-- begin {name} -->\n\n{make(results)}\n\n<!-- end {name} -->"
+            pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"
+            text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def svg(results: Path = RESULTS) -> str:
+    """Speed-ups as bars, and score over processor seconds as curves."""
+    parts = [
+        '<g font-family="sans-serif" font-size="12" fill="#333">',
+        *_bars(20, results),
+        *_curves(430, results),
+    ]
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 300" width="860" height="300">\n'
+        '<rect width="860" height="300" fill="#ffffff"/>\n' + "\n".join([*parts, "</g>"]) + "\n</svg>\n"
+    )
+
+
+def _bars(left: int, results: Path) -> list[str]:
+    bars: list[tuple[str, str, float]] = []
+    for row in newest("train_step", "model", results):
+        bars += [(row["model"], kind, row[f"speedup_{kind}"]) for kind in ("exact", "masked")]
+    for row in newest("end_to_end", "model", results):
+        bars += [("whole run", "exact", row["speedup"]), ("whole run", "masked", row["speedup_masked"])]
+    out = [f'<text x="{left}" y="24" font-size="14">Samples per CPU second, open_clip = 1</text>']
+    widest = max([value for *_, value in bars], default=1.0)
+    for i, (name, kind, value) in enumerate(bars):
+        y, width = 44 + 34 * i, 230 * value / widest
+        label = name if i % 2 == 0 else ""
+        out += [
+            f'<text x="{left}" y="{y + 16}">{label}</text>',
+            f'<rect x="{left + 90}" y="{y}" width="{width:.1f}" height="24" fill="{COLOURS[kind]}"/>',
+            f'<text x="{left + 96 + width:.1f}" y="{y + 16}">{value:.2f}</text>',
+        ]
+    for i, kind in enumerate(("exact", "masked")):
+        x = left + 90 + 90 * i
+        out += [
+            f'<rect x="{x}" y="272" width="12" height="12" fill="{COLOURS[kind]}"/>',
+            f'<text x="{x + 18}" y="282">{KINDS[kind]}</text>',
+        ]
+    return out
+
+
+def _curves(left: int, results: Path) -> list[str]:
+    rows = newest("time_to_accuracy", None, results)
+    out = [f'<text x="{left}" y="24" font-size="14">Held-out retrieval score over CPU seconds</text>']
+    if not rows:
+        return out
+    curves: dict[str, list[Row]] = rows[0]["curves"]
+    right, top = (
+        max(r["cpu"] for c in curves.values() for r in c),
+        max(r["score"] for c in curves.values() for r in c),
+    )
+    across, height, bottom = 340, 190, 250
+
+    def place(cpu: float, score: float) -> str:
+        return f"{left + 40 + across * cpu / right:.1f},{bottom - height * score / top:.1f}"
+
+    axes = f"M{left + 40} {bottom - height}V{bottom}H{left + 40 + across}"
+    out.append(f'<path d="{axes}" fill="none" stroke="#999"/>')
+    for share in (0.5, 1.0):
+        x, y = left + 40 + across * share, bottom - height * share
+        out += [
+            f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{right * share:.0f} s</text>',
+            f'<text x="{left + 34}" y="{y + 4}" text-anchor="end">{top * share:.2f}</text>',
+        ]
+    target = place(right, rows[0]["target_score"]).partition(",")[2]
+    out.append(f'<path d="M{left + 40} {target}H{left + 40 + across}" stroke="#bbb" stroke-dasharray="4 4"/>')
+    for i, (name, colour) in enumerate((("open_clip", COLOURS["open_clip"]), ("diptych", COLOURS["exact"]))):
+        points = " ".join([place(0, 0), *(place(r["cpu"], r["score"]) for r in curves[name])])
+        label = {"open_clip": "open_clip's recipe", "diptych": "Diptych's"}[name]
+        x = left + 40 + 140 * i
+        out += [
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>',
+            f'<rect x="{x}" y="272" width="12" height="12" fill="{colour}"/>',
+            f'<text x="{x + 18}" y="282">{label}</text>',
+        ]
+    return out
+
+
+def main() -> None:
+    document = DOCS / "performance.md"
+    document.write_text(fill(document.read_text()))
+    (DOCS / "images" / "performance.svg").write_text(svg())
+    print(f"written: {document} and its plot")
+
+
+if __name__ == "__main__":
+    main()
