@@ -19,7 +19,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-BENCHMARKS := loader shards remote shuffle_quality order_scale
+BENCHMARKS := loader shards remote shuffle_quality order_scale train_step end_to_end loss grad_cache compile time_to_accuracy fusion_cv
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -52,7 +52,7 @@ lint: install ## ruff, pyright (strict) and codespell
 	@echo "==> lint and types: clean"
 
 .PHONY: bench
-bench: install ## side-by-side measurements; rows go to benchmarks/results (some 10 minutes)
+bench: install ## side-by-side measurements; rows go to benchmarks/results (an hour or two)
 	@for name in $(BENCHMARKS); do echo "==> benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: clean

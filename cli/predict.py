@@ -1,12 +1,14 @@
 """``diptych predict``: answers of a fine-tuned run for a table."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 EPILOG = """example:
   diptych predict runs/demo-match my.csv -o answers.csv
   diptych predict runs/demo-match my.parquet -o answers.parquet --head bilinear
+  diptych predict runs/demo-match my.csv -o answers.csv --explain
 """
 
 
@@ -16,7 +18,8 @@ def add_parser(subparsers: Any) -> None:
         "predict",
         help="classes and probabilities for the rows of a table",
         description="Answer every row of a table (CSV, TSV, JSONL or Parquet) with the columns that the run "
-        "was fine-tuned on. A cell may be empty, and a whole column absent: then the other modality answers.",
+        "was fine-tuned on. A cell may be empty, and a whole column absent: then the other modality answers. "
+        "Rows are answered as they are read, so a table may be larger than memory.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -24,6 +27,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("table", metavar="IN", help="the table to answer")
     parser.add_argument("-o", "--out", required=True, help="file to write: .csv, .tsv, .jsonl or .parquet")
     parser.add_argument("--head", default=None, help="which head answers (default: the recommended one)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also how much each modality moved the answer: columns phi_MODALITY, and weight_MODALITY of "
+        "heads that weigh",
+    )
     parser.add_argument(
         "--root", default=None, help="folder that image paths may not leave (default: the table's)"
     )
@@ -34,16 +43,21 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and write the answers."""
     from ..configs.files import resolve_data_path
-    from ..finetune.answers import check_out, write_answers
+    from ..finetune.answers import answer_table, check_out
     from ..finetune.predictor import Predictor
     from .progress import progress
 
     out = Path(args.out)
     check_out(out)
     predictor = Predictor.load(args.run_folder, head=args.head, device=args.device)
-    root = resolve_data_path(args.root) if args.root else None
-    columns, rows = predictor.read(resolve_data_path(args.table), root)
-    probabilities = predictor.of_rows(rows, progress=progress)
-    write_answers(out, columns, predictor, probabilities)
-    print(f"wrote {out} ({len(rows)} rows, head {predictor.head})")
+    rows = answer_table(
+        predictor,
+        resolve_data_path(args.table),
+        out,
+        root=resolve_data_path(args.root) if args.root else None,
+        explain=args.explain,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+        progress=progress,
+    )
+    print(f"wrote {out} ({rows} rows, head {predictor.head})")
     return 0

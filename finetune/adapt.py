@@ -1,109 +1,58 @@
-"""Training a head on frozen features, and with ``lp_ft`` the encoders after it.
+"""Training a head on frozen features, and by all methods but ``linear_probe`` the encoders with it.
 
-One seed gives the initial weights, the order of the rows and the dropout. Early stopping looks at the inner
-rows alone; test rows are not known here. Every trainable tensor must get a gradient in the first step: layers
-that are silently never trained are a known defect of fusion code.
+One seed gives the initial weights, the order of the rows and the dropout.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..pretrain.model import LoadedModel
-from ..pretrain.optim import clip_gradients, decays, set_lr
-from ..pretrain.schedule import ScheduleConfig, lr_at
-from .cells import Picture, PictureReader
+from .class_contrast import ClassContrast, ClassTexts
 from .config import AdaptConfig, HeadConfig, StoppingConfig
-from .encoding import read_pixels
+from .encoders import class_texts, encoder_groups, open_encoders, parameter_groups
 from .fusion import Head, build_head
-from .tasks import Floats, Task, calibrate, higher_is_better, log_loss, metric_value
+from .interpolate import State, choose_alpha, greedy, mean_state
+from .live import LiveRows, Part, Source
+from .lora import merge_lora
+from .ordinal import Ordinal
+from .retention import retention
+from .tasks import Task, calibrate, higher_is_better
+from .training import LIVE_EVAL_BATCH, Log, Training, eval_batch, inner_score, inner_scores, logits_of
 
-__all__ = ["Fitted", "LiveRows", "Part", "Source", "fit", "logits_of"]
-
-EVAL_BATCH = 4096
-LIVE_EVAL_BATCH = 256
-Log = Callable[[dict[str, Any]], None]
-
-
-class Source(Protocol):
-    """Where heads get features of rows from: tables (``FeatureRows``) or encoders at work (``LiveRows``)."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, rows: Tensor, *, tokens: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Features and presence of some rows."""
-        ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows with class numbers int64 [n]."""
-
-    rows: Source
-    targets: Tensor
-
-
-@dataclass(frozen=True)
-class LiveRows:
-    """Rows whose features are computed when they are asked for, with gradients where those are enabled."""
-
-    model: LoadedModel
-    images: Sequence[Picture | None]
-    texts: Sequence[str | None]
-    modalities: tuple[str, ...]
-    max_pixels: int
-    reader: PictureReader
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, rows: Tensor, *, tokens: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Embeddings of the rows; zeros where a modality is missing."""
-        assert not tokens, "token features are not computed with gradients"
-        numbers, root = rows.tolist(), self.model.model
-        features: dict[str, Tensor] = {}
-        present: dict[str, Tensor] = {}
-        for k in self.modalities:
-            items: Sequence[Any] = [(self.images if k == "image" else self.texts)[i] for i in numbers]
-            there = torch.tensor([item is not None for item in items], dtype=torch.bool)
-            out = torch.zeros(len(items), self.model.embed_dim, device=self.model.device)
-            given = [item for item in items if item is not None]
-            if given and k == "image":
-                pixels, broken = read_pixels(self.model, given, self.reader, self.max_pixels)
-                assert not any(broken), f"a picture changed while it was trained on: {broken}"
-                out = out.index_put((there.nonzero()[:, 0].to(out.device),), root.encode_image(pixels))
-            elif given:
-                encoded = root.encode_text(*self.model.tokenizer.pack(given))
-                out = out.index_put((there.nonzero()[:, 0].to(out.device),), encoded)
-            features[k], present[k] = out, there.to(out.device)
-        return features, present
+__all__ = [
+    "LIVE_EVAL_BATCH",
+    "Fitted",
+    "LiveRows",
+    "Part",
+    "Source",
+    "fit",
+    "inner_scores",
+    "logits_of",
+    "soup",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained head, its own encoders if they were trained too, and the calibration ``scale * logits +
-    shift``."""
+    """A trained head, its own encoders if they were trained too (plain weights, whatever the method), and
+    the calibration ``scale * logits + shift``.
+
+    task: the one it was trained for. trained: how many numbers of the encoders were trained. facts: what else
+    head.json tells of this seed.
+    """
 
     head: Head
     model: LoadedModel | None
     scale: float
     shift: float
     best_epoch: int
-
-
-@torch.no_grad()
-def logits_of(head: Head, rows: Source, *, batch_size: int = EVAL_BATCH) -> Tensor:
-    """Logits float32 [n, C], on the CPU, in eval mode."""
-    head.eval()
-    parts = [
-        head(*rows.batch(chunk, tokens=head.reads_tokens)).float().cpu()
-        for chunk in torch.arange(len(rows)).split(batch_size)
-    ]
-    return torch.cat(parts)
+    task: Task
+    trained: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -117,188 +66,158 @@ def fit(
     widths: dict[str, int],
     token_widths: dict[str, int] | None = None,
     seed: int,
+    init_seed: int | None = None,
     calibration: str = "none",
     live: tuple[LiveRows, LiveRows] | None = None,
     device: torch.device | None = None,
     log: Log = lambda row: None,
+    start: Callable[[Head], None] = lambda head: None,
 ) -> Fitted:
     """Train one head with one seed and keep the weights of its best epoch on the inner rows.
 
-    ``live``: the training and inner rows with a model that may be changed, for ``lp_ft``. ``log`` gets one
-    row per epoch: ``epoch``, ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``.
+    ``live``: the training and inner rows with a model that may be changed, for all methods but
+    ``linear_probe``. ``init_seed``: gives the head's initial weights in the place of ``seed``. ``log`` gets
+    one row per epoch: ``epoch``, ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``.
+    ``start`` gives a new head what it takes from the encoders, see ``start_joint``.
     """
+    task = task.fitted(train.targets)
+    train = replace(train, weights=task.weights(train.targets, train.weights))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = build_head(config, widths, task.outputs, token_widths).to(device)
+        torch.manual_seed(seed if init_seed is None else init_seed)
+        head = build_head(config, widths, task.outputs, token_widths, task.link)
+        start(head)
+        head.to(device)
+        if init_seed is not None:
+            torch.manual_seed(seed)
         features, present = train.rows.batch(torch.arange(len(train.rows)), tokens=head.reads_tokens)
         head.fit_standard(features, present)
         del features, present
-        run = _Run(head, task, adapt, stopping, seed, log)
-        run.epochs(train, inner, _groups(head, adapt), adapt.lr, adapt.epochs, adapt.batch_size)
-        rows, model = inner.rows, None
-        if adapt.method == "lp_ft":
+        if isinstance(head, Ordinal):
+            head.fit_thresholds(torch.bincount(train.targets, minlength=len(task.classes)).tolist())
+        initial = copy.deepcopy(head.state_dict())
+        run = Training(head, task, adapt, stopping, seed, log)
+        if adapt.method != "full":
+            groups = parameter_groups(head, adapt.weight_decay)
+            run.epochs(train, inner, groups, adapt.lr, adapt.epochs, adapt.batch_size)
+            run.restore()
+        tuned = _Tuned(run.best_epoch)
+        if adapt.tunes_encoders:
             assert live is not None
-            model, rows = live[0].model, live[1]
-            _open_encoders(model, head)
-            groups = _groups(head, adapt) + _encoder_groups(model, adapt)
-            run.also(model.clip)
-            parts = Part(live[0], train.targets), Part(live[1], inner.targets)
-            run.epochs(*parts, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size)
+            tuned = _tune(run, initial, replace(train, rows=live[0]), replace(inner, rows=live[1]))
+        rows = inner.rows if tuned.model is None or live is None else live[1]
+        logits = logits_of(head, rows, batch_size=eval_batch(rows))
+        scale, shift = calibrate(task, logits, inner.targets.cpu(), calibration)
+    return Fitted(head, tuned.model, scale, shift, tuned.best_epoch, task, tuned.trained, tuned.facts)
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    best_epoch: int
+    model: LoadedModel | None = None
+    trained: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _tune(run: Training, initial: State | None, train: Part, inner: Part) -> _Tuned:
+    """Train the encoders of live rows with the head of a run, in place. The head has its best weights so
+    far; ``initial`` are those that it began with."""
+    assert isinstance(train.rows, LiveRows)
+    assert isinstance(inner.rows, LiveRows)
+    head, adapt, model, every = run.head, run.adapt, train.rows.model, inner.rows
+    before = retention(every, inner.targets, run.task, adapt)
+    pretrained = copy.deepcopy(model.clip.state_dict())
+    open_encoders(model, head.modalities, adapt)
+    trained = sum(p.numel() for p in model.clip.parameters() if p.requires_grad)
+    train, inner = (replace(part, rows=_reading(part.rows, head)) for part in (train, inner))
+    alphas, floor, facts = adapt.alphas, None, dict[str, Any]()
+    if adapt.method == "contrastive":
+        floor = (run.best_score, copy.deepcopy(head.state_dict())) if not alphas else None
+        alphas = alphas or (1.0,)
+        _contrast(run, model, train, inner)
+    else:
+        initial = None
+        groups = parameter_groups(head, adapt.weight_decay) + encoder_groups(model, adapt)
+        run.also(model.clip)
+        run.epochs(train, inner, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size)
         run.restore()
-        size = EVAL_BATCH if model is None else LIVE_EVAL_BATCH
-        scale, shift = calibrate(
-            task, logits_of(head, rows, batch_size=size), inner.targets.cpu(), calibration
+        merge_lora(model.clip)
+    best_epoch = run.best_epoch
+    if alphas:
+        alpha, best_epoch, scores = choose_alpha(
+            run, alphas, pretrained, train, inner, initial=initial, floor=floor
         )
-    return Fitted(head, model, scale, shift, run.best_epoch)
+        sign = 1 if higher_is_better(run.metric) else -1
+        facts["alpha"] = alpha
+        facts["inner_by_alpha"] = {str(a): sign * score for a, score in scores.items()}
+    after = retention(every, inner.targets, run.task, adapt)
+    if before is not None and after is not None:
+        facts["retention"] = {k: before[k] for k in ("measure", "n")}
+        facts["retention"] |= {"before": before["value"], "after": after["value"]}
+    return _Tuned(best_epoch, model, trained, facts)
 
 
-def _open_encoders(model: LoadedModel, head: Head) -> None:
-    """Let the towers that the head reads be trained. They stay in eval mode: batch norms keep their
-    statistics."""
-    towers = {"image": model.clip.visual, "text": model.clip.text}
-    for parameter in model.clip.parameters():
-        parameter.requires_grad_(False)
-    for k in head.modalities:
-        for parameter in towers[k].parameters():
-            parameter.requires_grad_(True)
+def _reading(rows: Source, head: Head) -> LiveRows:
+    """Live rows whose encoders work for the modalities that a head reads alone."""
+    assert isinstance(rows, LiveRows)
+    return replace(rows, read=head.modalities)
 
 
-def _groups(head: nn.Module, adapt: AdaptConfig) -> list[dict[str, Any]]:
-    named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
-    return [
-        {
-            "params": [p for n, p in named if decays(n, p)],
-            "weight_decay": adapt.weight_decay,
-            "lr_scale": 1.0,
-        },
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+def _contrast(run: Training, model: LoadedModel, train: Part, inner: Part) -> None:
+    """The contrastive epochs of a run: the encoders of the best one by zero-shot classification stay."""
+    task, adapt = run.task, run.adapt
+    texts = ClassTexts(model, class_texts(adapt, task.classes), run.head.modalities, task.outputs)
+    contrast = ClassContrast(texts, task, adapt, run.stopping, run.seed, run.log)
+    contrast.note = {"phase": "contrastive"}
+    contrast.count_on(run)
+    contrast.also(model.clip)
+    groups = encoder_groups(model, adapt)
+    contrast.epochs(train, inner, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size)
+    contrast.restore()
+    run.epoch, run.samples_seen = contrast.epoch, contrast.samples_seen
 
 
-def _encoder_groups(model: LoadedModel, adapt: AdaptConfig) -> list[dict[str, Any]]:
-    groups = _groups(model.clip, adapt)
-    return [group | {"lr_scale": adapt.encoder_lr / adapt.lr} for group in groups]
+def soup(
+    members: Sequence[tuple[int, Fitted]],
+    adapt: AdaptConfig,
+    stopping: StoppingConfig,
+    inner: Part,
+    live_of: Callable[[LoadedModel], LiveRows],
+    calibration: str,
+) -> list[tuple[int, Fitted]]:
+    """One model in the place of the seeds': the mean of their weights, heads and encoders. The members must
+    have begun with the same weights (``init_seed``).
 
+    ``inner``: the inner rows with the run's features; ``live_of``: the same rows with given encoders. The
+    result has the seed of its best member and tells the WiSE-FT of all members. The first member's head
+    and encoders are overwritten.
+    """
+    task = members[0][1].task
+    metric = task.check_metric(stopping.metric)
+    heads = [copy.deepcopy(one.head.state_dict()) for _, one in members]
+    clips = [copy.deepcopy(one.model.clip.state_dict()) for _, one in members if one.model is not None]
+    head, model = members[0][1].head, members[0][1].model
+    if model is not None:
+        inner = replace(inner, rows=live_of(model))
 
-class _Run:
-    """One head's training: counts epochs over all phases and remembers the best weights."""
+    def score_of(numbers: Sequence[int]) -> float:
+        head.load_state_dict(mean_state([heads[i] for i in numbers]))
+        if model is not None:
+            model.clip.load_state_dict(mean_state([clips[i] for i in numbers]))
+        return inner_score(task, metric, head, inner)[0]
 
-    def __init__(
-        self, head: Head, task: Task, adapt: AdaptConfig, stopping: StoppingConfig, seed: int, log: Log
-    ) -> None:
-        self.head, self.task, self.adapt, self.stopping, self.log = head, task, adapt, stopping, log
-        self.modules: list[nn.Module] = [head]
-        self.metric = task.check_metric(stopping.metric)
-        self.order = torch.Generator().manual_seed(seed)
-        self.epoch, self.samples_seen, self.best_epoch = 0, 0, -1
-        self.best_score = float("-inf")
-        self.best: list[dict[str, Tensor]] = []
-
-    def epochs(
-        self,
-        train: Part,
-        inner: Part,
-        groups: list[dict[str, Any]],
-        lr: float,
-        epochs: int,
-        batch_size: int,
-    ) -> None:
-        """Train until the inner rows show no improvement for ``patience`` epochs, or ``epochs`` are over.
-
-        A phase that does not beat the one before it changes nothing in the end.
-        """
-        self.restore()
-        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-        total = epochs * len(train.rows)
-        warmup = round(self.adapt.warmup_fraction * total)
-        schedule = ScheduleConfig(warmup_samples=warmup)
-        seen = waited = 0
-        for epoch in range(epochs):
-            losses: list[float] = []
-            self.head.train()
-            for rows in self._order(len(train.rows), batch_size):
-                rate = lr_at(schedule, lr, samples_seen=seen, total_samples=total, batch=len(rows))
-                set_lr(optimizer, rate)
-                losses.append(self._step(train, rows, optimizer, check=epoch == 0 and seen == 0))
-                seen += len(rows)
-                self.samples_seen += len(rows)
-            waited = 0 if self._judge(inner, sum(losses) / len(losses), optimizer) else waited + 1
-            if waited >= self.stopping.patience:
-                break
-
-    def _order(self, n: int, batch_size: int) -> Iterator[Tensor]:
-        """Rows in a new order; a last batch of one row joins the one before it."""
-        chunks = list(torch.randperm(n, generator=self.order).split(batch_size))
-        if len(chunks) > 1 and len(chunks[-1]) == 1:
-            chunks[-2:] = [torch.cat(chunks[-2:])]
-        return iter(chunks)
-
-    def _step(self, train: Part, rows: Tensor, optimizer: torch.optim.Optimizer, *, check: bool) -> float:
-        features, present = train.rows.batch(rows, tokens=self.head.reads_tokens)
-        present = self._drop(present)
-        targets = train.targets[rows].to(next(iter(present.values())).device)
-        losses = [
-            self.task.loss(logits[counts], targets[counts], self.adapt.label_smoothing)
-            for logits, counts in self.head.parts(features, present)
-            if bool(counts.any())
-        ]
-        loss = torch.stack(losses).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        if check:
-            self._assert_gradients()
-        clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.adapt.clip_grad_norm)
-        optimizer.step()
-        return float(loss.detach())
-
-    def _drop(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Modality dropout: of rows that have several modalities, one is taken away at random."""
-        mask = torch.stack(list(present.values()), dim=1)
-        if mask.shape[1] < 2 or self.adapt.modality_dropout == 0:
-            return present
-        chosen = torch.rand(len(mask)) < self.adapt.modality_dropout
-        which = torch.randint(mask.shape[1], (len(mask),))
-        hit = torch.nn.functional.one_hot(which, mask.shape[1]).bool() & chosen[:, None]
-        mask = mask & ~(hit.to(mask.device) & mask.all(1)[:, None])
-        return dict(zip(present, mask.unbind(1), strict=True))
-
-    def _assert_gradients(self) -> None:
-        for module in self.modules:
-            for name, parameter in module.named_parameters():
-                assert not parameter.requires_grad or parameter.grad is not None, (
-                    f"{type(module).__name__}.{name} gets no gradient: it would never be trained"
-                )
-
-    def _judge(self, inner: Part, loss: float, optimizer: torch.optim.Optimizer) -> bool:
-        """Score the inner rows, log, and keep the weights if they are the best so far."""
-        size = EVAL_BATCH if len(self.modules) == 1 else LIVE_EVAL_BATCH
-        p = self.task.probabilities(logits_of(self.head, inner.rows, batch_size=size))
-        scores = inner_scores(self.task, inner.targets, p)
-        score = scores[self.metric] if higher_is_better(self.metric) else -scores[self.metric]
-        better = score > self.best_score + (self.stopping.min_delta if self.best else 0.0)
-        row = {"epoch": self.epoch, "samples_seen": self.samples_seen, "loss": loss}
-        row |= {"lr": optimizer.param_groups[0]["lr"]} | {f"inner_{k}": v for k, v in scores.items()}
-        self.log(row)
-        if better or not self.best:
-            self.best_score, self.best_epoch = score, self.epoch
-            self.best = [copy.deepcopy(m.state_dict()) for m in self.modules]
-        self.epoch += 1
-        return better
-
-    def also(self, module: nn.Module) -> None:
-        """Another module is trained from now on; until then it belongs to the best weights as it is."""
-        self.restore()
-        self.modules.append(module)
-        self.best.append(copy.deepcopy(module.state_dict()))
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        for module, state in zip(self.modules, self.best, strict=False):
-            module.load_state_dict(state)
-
-
-def inner_scores(task: Task, targets: Tensor, p: Floats) -> dict[str, float]:
-    """Loss and all metrics of inner rows; an undefined metric counts as 0."""
-    numbers = targets.cpu().numpy()
-    values = {name: metric_value(name, numbers, p) for name in task.metrics}
-    return {"loss": log_loss(numbers, p)} | {k: v if v == v else 0.0 for k, v in values.items()}
+    scores = [score_of([i]) for i in range(len(members))]
+    chosen = range(len(members)) if adapt.soup == "uniform" else greedy(scores, score_of)
+    score_of(chosen)  # leaves the mean in place
+    logits = logits_of(head, inner.rows, batch_size=eval_batch(inner.rows))
+    scale, shift = calibrate(task, logits, inner.targets.cpu(), calibration)
+    seed, best = members[max(chosen, key=lambda i: scores[i])]
+    facts: dict[str, Any] = {"soup": sorted(members[i][0] for i in chosen)}
+    kept = ("alpha", "inner_by_alpha")
+    if "alpha" in best.facts:
+        facts["members"] = {str(number): {k: one.facts[k] for k in kept} for number, one in members}
+    if "retention" in best.facts:
+        assert isinstance(inner.rows, LiveRows)
+        after = retention(inner.rows, inner.targets, task, adapt)
+        assert after is not None
+        facts["retention"] = best.facts["retention"] | {"after": after["value"]}
+    return [(seed, Fitted(head, model, scale, shift, best.best_epoch, task, best.trained, facts))]

@@ -1,6 +1,6 @@
 """The config of a fine-tuning run: one YAML file of ``diptych finetune``.
 
-The heads' own options stand in ``HeadConfig``; which of them an operator takes is written in ``OPTIONS``.
+The heads' own options stand in ``head_config.py``, the task's in ``task_config.py``.
 """
 
 from typing import Any, Literal, Self
@@ -9,62 +9,26 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..configs.load import StrictModel
 from ..pretrain.tracking import TrackingConfig
+from .adapt_config import AdaptConfig, of_encoders
+from .head_config import OPTIONS, SINGLE, STAGES, HeadConfig, Link
+from .task_config import TaskConfig
 
 __all__ = [
     "OPTIONS",
     "SINGLE",
+    "STAGES",
     "AdaptConfig",
+    "CvConfig",
     "EvalConfig",
     "FinetuneConfig",
     "HeadConfig",
     "LabelledDataConfig",
+    "Link",
     "ModalityConfig",
     "SourceConfig",
     "StoppingConfig",
     "TaskConfig",
 ]
-
-Op = Literal[
-    "image", "text", "similarity", "concat", "weighted_sum", "gated", "bilinear", "cross", "late"
-]  # fmt: skip
-SINGLE = ("image", "text")
-"""Operators that read one modality: the baselines of every run."""
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "image": {"width": 0, "dropout": 0.1},
-    "text": {"width": 0, "dropout": 0.1},
-    "similarity": {},
-    "concat": {"width": 256, "dropout": 0.1, "interactions": False},
-    "weighted_sum": {"weights": "learned", "dropout": 0.1},
-    "gated": {"width": 256, "dropout": 0.1, "gate": "element"},
-    "bilinear": {"rank": None, "dropout": 0.1},
-    "cross": {"width": 128, "dropout": 0.1, "layers": 1, "heads": 4},
-    "late": {"rule": "mean"},
-}
-"""Which options each operator takes, with their defaults."""
-
-
-class TaskConfig(StrictModel):
-    """What is to be predicted."""
-
-    type: Literal["binary", "multiclass"]
-    target: str = "target"
-    """Column of the labels."""
-    positive: str | int | None = None
-    """Binary only: the label that counts as positive; null for columns of 0 and 1 or true and false."""
-    classes: tuple[str, ...] | None = None
-    """Multiclass only: the classes in the order of their probabilities; null takes those of the training
-    rows, sorted."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.type == "binary" and self.classes is not None:
-            raise ValueError("classes belongs to multiclass; for binary give positive")
-        if self.type == "multiclass" and self.positive is not None:
-            raise ValueError("positive belongs to binary; for multiclass give classes")
-        if self.classes is not None and len(set(self.classes)) != max(2, len(self.classes)):
-            raise ValueError("classes must be two or more different names")
-        return self
 
 
 class ModalityConfig(StrictModel):
@@ -93,12 +57,15 @@ class LabelledDataConfig(StrictModel):
     group_across_splits: Literal["forbid", "allow"] = "forbid"
     """Whether a group may stand in several splits. ``forbid`` tests on new groups; ``allow`` is for tests on
     something else that is new, for instance another vendor's pictures of known concepts."""
+    weight: str | None = None
+    """Column of weights of the training loss, from 0 on; metrics, calibration and early stopping count every
+    row once. Null counts all the same."""
     split: str | None = "split"
     """Column with train, val and test; null makes a seeded split by group."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
     """Only without a split column: share of the rows that is held out for the test."""
     min_class_rows: int = Field(default=2, ge=1)
-    """Training rows that every class must have."""
+    """Training rows that every class must have (multilabel: positive rows of every label)."""
     on_error: Literal["raise", "quarantine"] = "raise"
     """What an image does that is there but cannot be read: stop, or leave the row out and list it in
     quarantine.csv (at most one row in a thousand)."""
@@ -124,96 +91,43 @@ class SourceConfig(StrictModel):
     """Keep frozen features in the cache folder, so that a second run does not encode again."""
 
 
-class HeadConfig(StrictModel):
-    """One fusion head: an operator, its options, and what it trains differently from ``adapt``.
-
-    Options that the operator does not take are null; see ``OPTIONS``.
-    """
-
-    op: Op
-    width: int | None = Field(default=None, ge=0)
-    """Hidden units; 0 (not for gated and cross) leaves a linear classifier."""
-    dropout: float | None = Field(default=None, ge=0, lt=1)
-    interactions: bool | None = None
-    """concat: also the elementwise distance and product of the two vectors."""
-    weights: Literal["learned", "equal"] | None = None
-    """weighted_sum: learned by softmax, or all equal."""
-    gate: Literal["element", "modality"] | None = None
-    """gated: a gate per hidden unit, or one per modality."""
-    rank: int | None = Field(default=None, ge=1)
-    """bilinear: factors; null takes the embedding's width, where it starts at the inner product."""
-    layers: int | None = Field(default=None, ge=1)
-    heads: int | None = Field(default=None, ge=1)
-    """cross: attention heads."""
-    rule: Literal["mean", "learned"] | None = None
-    """late: how the modalities' probabilities meet."""
-    adapt: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``adapt`` that differ for this head."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_options(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("op") not in OPTIONS:
-            return data  # the field's own message names the known operators
-        own = OPTIONS[data["op"]]
-        for key, value in data.items():
-            if key in cls.model_fields and key not in (*own, "op", "adapt") and value is not None:
-                known = ", ".join(own) or "none"
-                raise ValueError(f"{key} is no option of {data['op']} (its options: {known}); remove it")
-        return own | data
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.op in ("gated", "cross") and self.width == 0:
-            raise ValueError(f"{self.op} needs a width of at least 1")
-        if self.op == "cross" and self.width and self.heads and self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
-        return self
-
-
-class AdaptConfig(StrictModel):
-    """How heads, and with ``lp_ft`` the encoders, are trained."""
-
-    method: Literal["linear_probe", "lp_ft"] = "linear_probe"
-    """``linear_probe``: heads on frozen, cached features. ``lp_ft``: the head first, then head and encoders
-    (Kumar et al. 2022, arXiv 2202.10054)."""
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    batch_size: int = Field(default=512, ge=2)
-    epochs: int = Field(default=20, ge=1)
-    """Passes over the training rows at most; early stopping usually ends sooner."""
-    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    clip_grad_norm: float = Field(default=1.0, gt=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    modality_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of training rows in which one modality, drawn at random, is replaced by its learned null vector;
-    never all of them. It makes predictions with a missing modality sensible."""
-    encoder_lr: float = Field(default=1e-5, gt=0)
-    """lp_ft: peak rate of the encoders."""
-    encoder_epochs: int = Field(default=2, ge=1)
-    encoder_batch_size: int = Field(default=128, ge=2)
-
-
 class StoppingConfig(StrictModel):
     """Early stopping on the inner split."""
 
     metric: str = "auto"
-    """``loss``, a metric of the task, or auto: AUROC for binary, accuracy for multiclass tasks."""
+    """``loss``, a metric of the task, or auto: AUROC for binary, else the task's first metric."""
     patience: int = Field(default=4, ge=1)
     """Epochs without an improvement after which training ends; the best epoch's weights are kept."""
     min_delta: float = Field(default=0.0, ge=0)
 
 
+class CvConfig(StrictModel):
+    """Nested cross-validation: outer folds are tested, an inner split of each fold's other rows stops,
+    calibrates and chooses."""
+
+    folds: int = Field(default=5, ge=2)
+    repeats: int = Field(default=1, ge=1)
+    """How often all rows are dealt into folds, each time shuffled differently."""
+    stratify: bool = True
+    """Keep the shares of the classes equal in all folds and inner splits, where the task has classes."""
+    seed: int = Field(default=0, ge=0)
+    """Repeat r shuffles with the random state seed + r. Folds do not depend on ``eval.seeds``."""
+
+
 class EvalConfig(StrictModel):
     """How scores are made."""
 
+    cv: CvConfig | None = None
+    """Cross-validation over all rows, whatever ``data.split`` says; null tests on fixed splits."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One model per seed; probabilities are averaged over them."""
     inner_share: float = Field(default=0.15, gt=0, lt=1)
-    """Only without val rows: share of the training rows, by whole groups, that stops and chooses."""
+    """Share of the training rows, by whole groups, that stops and chooses; with a split column only where it
+    has no val rows."""
     bootstrap: int = Field(default=1000, ge=100)
     calibration: Literal["none", "temperature", "platt"] = "none"
-    """Fitted on the inner split: a scale of the logits, or (binary only) a scale and a shift."""
+    """Fitted on the inner split: a scale of the logits (multilabel: one for all labels), or (binary only) a
+    scale and a shift. Regression has none."""
 
     @field_validator("seeds")
     @classmethod
@@ -234,7 +148,8 @@ class FinetuneConfig(StrictModel):
     model: SourceConfig
     heads: dict[str, HeadConfig]
     """Heads by name; a list of operators stands for heads of those names with default options. The
-    single-modality heads are always added: without them no gain can be told."""
+    single-modality heads are always added, without which no gain can be told, and ``concat``, the usual
+    baseline of fusion."""
     adapt: AdaptConfig = AdaptConfig()
     early_stopping: StoppingConfig = StoppingConfig()
     eval: EvalConfig = EvalConfig()
@@ -257,7 +172,7 @@ class FinetuneConfig(StrictModel):
         for name, head in value.items():
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"'{name}' names a folder: use letters, digits, - and _")
-            if name in SINGLE and head.op != name:
+            if name in (*SINGLE, "concat") and head.op != name:
                 raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
         return value
 
@@ -266,36 +181,78 @@ class FinetuneConfig(StrictModel):
         both = len(self.data.modalities) > 1
         for name, head in self.heads.items():
             adapt = self.adapt_of(name)
-            if head.op == "cross" and adapt.method == "lp_ft":
+            frozen = head.needs_frozen
+            if frozen and adapt.tunes_encoders:
+                raise ValueError(f"heads.{name}: {frozen}; set its adapt.method: linear_probe")
+            head.check_modalities(name, tuple(self.data.modalities))
+            if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
                 raise ValueError(
-                    f"heads.{name}: cross reads frozen tokens; set its adapt.method: linear_probe"
+                    f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "
+                    "tasks alone; remove it"
                 )
-            if head.op == "similarity" and self.task.type != "binary":
-                raise ValueError(f"heads.{name}: similarity answers binary tasks alone; remove it")
             if head.op in SINGLE and head.op not in self.data.modalities:
                 raise ValueError(f"heads.{name}: data.modalities has no {head.op}")
             if head.op not in SINGLE and not both:
                 raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
+        self._check_task()
+        return self
+
+    def _check_task(self) -> None:
+        """What a kind of task does not have."""
+        if self.task.type in ("multilabel", "regression") and any(
+            self.adapt_of(name).sampling == "balanced" for name in self.all_heads()
+        ):
+            raise ValueError(
+                f"adapt.sampling: balanced needs one class per row, which {self.task.type} tasks do not have"
+            )
+        if self.task.type == "regression":
+            if self.eval.calibration != "none":
+                raise ValueError("eval.calibration: regression has no probabilities to calibrate; use none")
+            if any(self.adapt_of(name).label_smoothing for name in self.all_heads()):
+                raise ValueError("adapt.label_smoothing: regression has no labels to smooth; use 0")
         if self.eval.calibration == "platt" and self.task.type != "binary":
             raise ValueError("eval.calibration: platt is for binary tasks; use temperature")
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Self:
+        for name in self.all_heads():
+            adapt = self.adapt_of(name)
+            if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass"):
+                raise ValueError(f"heads.{name}: contrastive needs classes; set another adapt.method")
+            if adapt.method == "contrastive" and self.task.type == "binary" and not adapt.class_prompts:
+                raise ValueError(
+                    f"heads.{name}: contrastive needs adapt.class_prompts, as the classes of a binary task "
+                    "have no names"
+                )
+            if adapt.soup != "none" and len(self.eval.seeds) < 2:
+                raise ValueError(f"heads.{name}: soup needs two or more eval.seeds; set soup: none")
         return self
 
     def all_heads(self) -> dict[str, HeadConfig]:
         """The heads with the baselines first."""
-        single = {m: self.heads.get(m, HeadConfig(op=m)) for m in SINGLE if m in self.data.modalities}
-        return single | self.heads
+        baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in SINGLE if m in self.data.modalities}
+        if len(baselines) > 1 and "concat" not in self.heads:
+            baselines["concat"] = HeadConfig(op="concat")
+        return baselines | self.heads
 
     def adapt_of(self, name: str) -> AdaptConfig:
-        """How a head trains: ``adapt`` with its own keys over it."""
+        """How a head trains: ``adapt`` with its own keys over it. What ``adapt`` says of encoders is not for
+        heads that name ``linear_probe`` themselves."""
         own = self.heads[name].adapt if name in self.heads else {}
         unknown = own.keys() - AdaptConfig.model_fields.keys()
         if unknown:
             known = ", ".join(AdaptConfig.model_fields)
             raise ValueError(f"heads.{name}.adapt: unknown key {sorted(unknown)[0]}; known here: {known}")
+        inherited = self.adapt.model_dump()
+        if own.get("method") == "linear_probe" and self.adapt.tunes_encoders:
+            inherited = {key: value for key, value in inherited.items() if not of_encoders(key)}
         try:
-            return AdaptConfig.model_validate(self.adapt.model_dump() | own)
+            return AdaptConfig.model_validate(inherited | own)
         except ValidationError as error:
             first = error.errors()[0]
+            said = first["msg"].removeprefix("Value error, ")
+            if not first["loc"]:
+                raise ValueError(f"heads.{name}.adapt: {said}") from error
             key = ".".join(map(str, first["loc"]))
-            said = first["msg"][0].lower() + first["msg"][1:]
+            said = said[0].lower() + said[1:]
             raise ValueError(f"heads.{name}.adapt.{key}: {said}, not {first['input']!r}") from error

@@ -1,36 +1,15 @@
-"""Fusion on tokens: text tokens read image tokens by masked cross attention."""
+"""Fusion on tokens: text tokens read the other modalities' tokens by masked cross attention."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .attention import Attention, TokenHead, feed_forward
 from .config import HeadConfig
-from .fusion import Features, Head, Present
+from .head import Features, Present
 
 __all__ = ["Cross"]
-
-
-class Attention(nn.Module):
-    """Multi-head attention of queries [b, L, H] over keys [b, P, H], with a mask bool [b, P] of real keys."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """[b, L, H]; keys that the mask leaves out have no influence."""
-        q = rearrange(self.query(x), "b l (h d) -> b h l d", h=self.heads)
-        k, v = rearrange(self.key_value(keys), "b p (two h d) -> two b h p d", two=2, h=self.heads)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)
-        return self.out(rearrange(out, "b h l d -> b l (h d)"))
 
 
 class Block(nn.Module):
@@ -41,7 +20,7 @@ class Block(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
         self.itself = Attention(width, heads, dropout)
         self.other = Attention(width, heads, dropout)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed = feed_forward(width)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor, v: Tensor, v_mask: Tensor) -> Tensor:
@@ -52,60 +31,28 @@ class Block(nn.Module):
         return x + self.drop(self.feed(self.norms[2](x)))
 
 
-class Cross(Head):
+class Cross(TokenHead):
     """X = P_t T; per layer X += SA(X), X += CA(X, P_v V), X += FFN(X); y = W mean(LN X) over real tokens (the
     multimodal encoder of ALBEF, Li et al. 2021, arXiv 2107.07651).
 
-    T [b, L, W'] are the text tower's tokens and V [b, P, W] the image tower's, each standardised. A missing
-    text is one learned query, a missing image one learned key.
+    T [b, L, W'] are the text tower's tokens and V [b, P, W] the image tower's, each standardised; further
+    modalities stand beside V. Without a text the first modality asks. A missing text is one learned query,
+    a missing image one learned key.
     """
 
-    reads_tokens: ClassVar[bool] = True
-
-    def __init__(self, token_widths: Mapping[str, int], outputs: int, config: HeadConfig) -> None:
-        assert config.width
-        assert config.heads
-        assert config.layers
-        super().__init__(token_widths)
-        dropout = config.dropout or 0.0
-        self.project = nn.ModuleDict({k: nn.Linear(w, config.width) for k, w in token_widths.items()})
-        self.blocks = nn.ModuleList(
-            [Block(config.width, config.heads, dropout) for _ in range(config.layers)]
-        )
-        self.norm = nn.LayerNorm(config.width)
-        self.classify = nn.Linear(config.width, outputs)
-
-    @staticmethod
-    def token_mask(features: Features, k: str) -> Tensor:
-        """bool [b, L], True for real tokens; all of them where the tower has no padding."""
-        tokens = features[f"{k}_tokens"]
-        mask = features.get(f"{k}_mask")
-        return (
-            mask if mask is not None else torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        )
-
-    def fit_standard(self, features: Features, present: Present) -> None:
-        """Take means and scales from the real tokens of the training rows."""
-        for k in self.modalities:
-            mask = self.token_mask(features, k) & present[k][:, None]
-            # a ModuleDict forgets what its modules are
-            self.standard[k].fit(features[f"{k}_tokens"][mask].float())  # type: ignore[operator]
-
-    def tokens(self, features: Features, present: Present, k: str) -> tuple[Tensor, Tensor]:
-        """Projected tokens [b, L, H] and their mask; a missing modality is its null vector in the first
-        place."""
-        mask = self.token_mask(features, k) & present[k][:, None]
-        x = self.standard[k](features[f"{k}_tokens"].float())
-        x = torch.where(mask[..., None], x, self.null[k])  # also: nothing masked may hold NaN
-        mask = mask.clone()
-        mask[:, 0] |= ~present[k]
-        return self.project[k](x), mask
+    def __init__(self, widths: Mapping[str, int], outputs: int, config: HeadConfig) -> None:
+        super().__init__(widths, config)
+        self.asks = "text" if "text" in widths else self.modalities[0]
+        self.blocks = nn.ModuleList([Block(self.width, self.heads, self.dropout) for _ in range(self.layers)])
+        self.norm = nn.LayerNorm(self.width)
+        self.classify = nn.Linear(self.width, outputs)
 
     def forward(self, features: Features, present: Present) -> Tensor:
         """Logits [b, C]."""
-        image, image_mask = self.tokens(features, present, "image")
-        x, mask = self.tokens(features, present, "text")
+        others = [self.tokens(features, present, k) for k in self.modalities if k != self.asks]
+        keys, key_mask = (torch.cat(part, dim=1) for part in zip(*others, strict=True))
+        x, mask = self.tokens(features, present, self.asks)
         for block in self.blocks:
-            x = block(x, mask, image, image_mask)
+            x = block(x, mask, keys, key_mask)
         weight = mask[..., None].to(x.dtype)
         return self.classify((self.norm(x) * weight).sum(1) / weight.sum(1))

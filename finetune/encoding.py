@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..data.decode import DecodeError, eval_image
 from ..pretrain.model import LoadedModel
 from .cells import BrokenPicture, Picture, PictureReader
-from .tokens import image_tokens, text_tokens
+from .tokens import image_inputs, image_tokens, text_inputs, text_tokens
 
 __all__ = ["Arrays", "encode_pictures", "encode_texts", "read_pixels"]
 
@@ -49,43 +49,58 @@ def encode_pictures(
     reader: PictureReader,
     *,
     tokens: bool,
+    inputs: bool = False,
     batch_size: int,
     max_pixels: int,
     advance: Callable[[int], None],
 ) -> Arrays:
-    """``features`` float32 [n, D], ``broken`` [n], the reason or "", and where asked for ``tokens`` float16
-    [n, P, W]."""
+    """``features`` float32 [n, D], ``broken`` [n], the reason or "", and where asked for ``tokens`` and
+    ``inputs`` float16 [n, P, W]."""
     features: list[Tensor] = [torch.zeros(0, model.embed_dim)]
     found: list[Tensor] = []
+    before: list[Tensor] = []
     broken: list[str] = []
     for start in range(0, len(pictures), batch_size):
         pixels, reasons = read_pixels(model, pictures[start : start + batch_size], reader, max_pixels)
         features.append(model.encode_images(pixels, batch_size))
         if tokens:
             found.append(image_tokens(model, pixels).half().cpu())
+        if inputs:
+            before.append(image_inputs(model, pixels).half().cpu())
         broken += reasons
         advance(len(pixels))
     arrays: Arrays = {"features": torch.cat(features).numpy(), "broken": np.array(broken, dtype="U200")}
+    blank = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
     if tokens:
-        blank = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
         found = found or [image_tokens(model, blank)[:0].half().cpu()]
         arrays["tokens"] = torch.cat(found).numpy()
+    if inputs:
+        before = before or [image_inputs(model, blank)[:0].half().cpu()]
+        arrays["inputs"] = torch.cat(before).numpy()
     return arrays
 
 
 def encode_texts(
-    model: LoadedModel, texts: Sequence[str], *, tokens: bool, advance: Callable[[int], None]
+    model: LoadedModel,
+    texts: Sequence[str],
+    *,
+    tokens: bool,
+    inputs: bool = False,
+    advance: Callable[[int], None],
 ) -> Arrays:
-    """``features`` float32 [n, D], and where asked for ``tokens`` float16 [n, L, W] with ``mask`` bool
-    [n, L], L the longest text's tokens."""
+    """``features`` float32 [n, D], and where asked for ``tokens`` and ``inputs`` float16 [n, L, W] with
+    ``mask`` bool [n, L], L the longest text's tokens."""
     parts = [list(texts[i : i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)]
     features: list[Tensor] = [torch.zeros(0, model.embed_dim)]
     found: list[tuple[Tensor, Tensor]] = []
+    before: list[Tensor] = []
     for part in parts:
         features.append(model.encode_captions(part))
         if tokens:
             got, mask = text_tokens(model, part)
             found.append((got.half().cpu(), mask.cpu()))
+        if inputs:
+            before.append(text_inputs(model, part).half().cpu())
         advance(len(part))
     arrays: Arrays = {"features": torch.cat(features).numpy()}
     if tokens:
@@ -96,4 +111,8 @@ def encode_texts(
         wide = [(got, mask, longest - mask.shape[1]) for got, mask in found]
         arrays["tokens"] = torch.cat([F.pad(got, (0, 0, 0, more)) for got, _, more in wide]).numpy()
         arrays["mask"] = torch.cat([F.pad(mask, (0, more)) for _, mask, more in wide]).numpy()
+    if inputs:
+        before = before or [text_inputs(model, [""])[:0].half().cpu()]
+        longest = max(got.shape[1] for got in before)
+        arrays["inputs"] = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in before]).numpy()
     return arrays

@@ -25,6 +25,7 @@ from ..configs.files import cache_dir, fsync_folder
 from ..pretrain.model import LoadedModel
 from .cells import BrokenPicture, Picture, PictureReader
 from .encoding import Arrays, encode_pictures, encode_texts
+from .joint import check_joint
 from .manifest import Rows
 
 __all__ = ["FeatureRows", "Progress", "encoder_fingerprint", "extract", "silent"]
@@ -44,11 +45,13 @@ class FeatureRows:
     """Features of rows: tables over distinct items, and which item each row has (-1: missing).
 
     tables: ``image`` and ``text`` float32 [items, D]; where asked for, ``image_tokens`` and ``text_tokens``
-    [items, P, W], and ``text_mask`` bool [items, L]. index: int64 [n] per modality.
+    [items, P, W], ``image_inputs`` and ``text_inputs``, and ``text_mask`` bool [items, L]. index: int64 [n]
+    per modality. groups: int64 [n], equal for rows that belong together, or None.
     """
 
     tables: dict[str, Tensor]
     index: dict[str, Tensor]
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.index.values())))
@@ -56,11 +59,13 @@ class FeatureRows:
     def take(self, rows: NDArray[np.int64] | Tensor) -> "FeatureRows":
         """The given rows over the same tables."""
         rows = torch.as_tensor(rows)
-        return replace(self, index={k: index[rows] for k, index in self.index.items()})
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, index={k: index[rows] for k, index in self.index.items()}, groups=groups)
 
     def batch(self, rows: Tensor, *, tokens: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Features and presence of some rows, as heads take them; missing slots hold zeros."""
-        features: dict[str, Tensor] = {}
+        """Features and presence of some rows, as heads take them; missing slots hold zeros. ``group`` is
+        their groups, if those are known."""
+        features: dict[str, Tensor] = {} if self.groups is None else {"group": self.groups[rows]}
         present: dict[str, Tensor] = {}
         for k, index in self.index.items():
             item = index[rows]
@@ -76,7 +81,7 @@ class FeatureRows:
                 features[name] = got
         if tokens and "text_mask" in features:  # no wider than this batch's longest text
             longest = max(1, int(features["text_mask"].sum(1).max()) if len(rows) else 1)
-            for name in ("text_mask", "text_tokens"):
+            for name in {"text_mask", "text_tokens", "text_inputs"} & features.keys():
                 features[name] = features[name][:, :longest]
         return features, present
 
@@ -85,6 +90,7 @@ class FeatureRows:
         return FeatureRows(
             {k: v.to(device) for k, v in self.tables.items()},
             {k: v.to(device) for k, v in self.index.items()},
+            None if self.groups is None else self.groups.to(device),
         )
 
 
@@ -104,6 +110,7 @@ def extract(
     rows: Rows,
     *,
     tokens: bool = False,
+    inputs: bool = False,
     fingerprint: str | None = None,
     batch_size: int = 256,
     max_pixels: int = 89_478_485,
@@ -112,11 +119,15 @@ def extract(
     """Features of all rows, and the rows whose picture is broken with the reason (their features are zeros).
 
     ``fingerprint``: the encoder's; with it features are taken from and kept in the cache. ``tokens``: also
-    the token tables.
+    the token tables. ``inputs``: also those of what the towers' first blocks read; UserError if they cannot
+    be had.
     """
+    if inputs:
+        check_joint(model)
     tables: dict[str, Tensor] = {}
     index: dict[str, Tensor] = {}
     broken: dict[int, str] = {}
+    depth = 2 if inputs else int(tokens)
     if "image" in rows.modalities:
         pictures, of_row = _distinct(rows.images)
         reader = PictureReader()
@@ -127,14 +138,15 @@ def extract(
                     model,
                     pictures,
                     reader,
-                    tokens=tokens,
+                    tokens=depth > 0,
+                    inputs=inputs,
                     batch_size=batch_size,
                     max_pixels=max_pixels,
                     advance=advance,
                 )
 
         content = [_picture_content(reader, picture) for picture in pictures] if fingerprint else []
-        arrays = _kept("image", tokens, fingerprint, content, from_pictures)
+        arrays = _kept("image", depth, fingerprint, content, from_pictures)
         _add(tables, "image", arrays)
         index["image"] = torch.from_numpy(of_row)
         reasons = {i: str(reason) for i, reason in enumerate(arrays["broken"].tolist()) if reason}
@@ -144,19 +156,26 @@ def extract(
 
         def from_texts() -> Arrays:
             with progress("encoding texts", len(texts)) as advance:
-                return encode_texts(model, texts, tokens=tokens, advance=advance)
+                return encode_texts(model, texts, tokens=depth > 0, inputs=inputs, advance=advance)
 
-        _add(tables, "text", _kept("text", tokens, fingerprint, texts, from_texts))
+        _add(tables, "text", _kept("text", depth, fingerprint, texts, from_texts))
         index["text"] = torch.from_numpy(of_row)
-    return FeatureRows(tables, index), broken
+    groups = torch.tensor([_number(name) for name in rows.groups]) if rows.groups else None
+    return FeatureRows(tables, index, groups), broken
 
 
 def _add(tables: dict[str, Tensor], modality: str, arrays: Arrays) -> None:
     """Put an entry's arrays among the tables, in memory."""
-    names = {"features": modality, "tokens": f"{modality}_tokens", "mask": f"{modality}_mask"}
+    names = {"features": modality} | {k: f"{modality}_{k}" for k in ("tokens", "inputs", "mask")}
     for name, table in names.items():
         if name in arrays:
             tables[table] = torch.from_numpy(np.array(arrays[name]))
+
+
+def _number(name: str) -> int:
+    """A number of 64 bits that depends on the name alone, not on which other rows there are."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _distinct(items: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
@@ -175,24 +194,25 @@ def _picture_content(reader: PictureReader, picture: Picture) -> str:
 
 def _kept(
     kind: str,
-    tokens: bool,
+    depth: int,
     fingerprint: str | None,
     content: Sequence[str],
     compute: Callable[[], Arrays],
 ) -> Arrays:
-    """The arrays of an entry, memory-mapped from the cache, made first if they are not there. An entry with
-    tokens also serves where none are asked for."""
+    """The arrays of an entry, memory-mapped from the cache, made first if they are not there. ``depth``: 0
+    embeddings, 1 also tokens, 2 also inputs; a deeper entry serves too."""
     if fingerprint is None:
         return compute()
     digest = hashlib.sha256(json.dumps([VERSION, kind, fingerprint]).encode())
     for item in content:
         digest.update(hashlib.sha256(item.encode("utf-8", "surrogatepass")).digest())
     plain = cache_dir() / "features" / f"{kind}-{digest.hexdigest()[:32]}"
-    full = plain.with_name(plain.name + "-tokens")
-    folder = full if tokens or full.is_dir() else plain
+    folders = [plain.with_name(plain.name + suffix) for suffix in ("", "-tokens", "-inputs")][depth:]
+    folder = next((one for one in folders if one.is_dir()), folders[0])
     if not folder.is_dir():
         _write_entry(folder, compute())
-    files = sorted(folder.glob("*.npy"))
+    deeper = (("tokens", "mask"), ("inputs",))[depth:]
+    files = [path for path in sorted(folder.glob("*.npy")) if all(path.stem not in some for some in deeper)]
     return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in files}
 
 

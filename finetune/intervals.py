@@ -10,29 +10,33 @@ from typing import Any
 import numpy as np
 
 from ..pretrain.statistics import CONFIDENCE, Interval, bootstrap_means, group_ids
-from .tasks import METRICS, Floats, Ints, WeightedMetric, predicted
+from .tasks import METRICS, Floats, Task, WeightedMetric, higher_is_better, predicted
 
 __all__ = ["paired_intervals"]
 
 
 def paired_intervals(
-    targets: Ints,
+    targets: Any,
     probabilities: Mapping[str, Floats],
     metrics: Sequence[str],
     groups: Any = None,
     *,
+    task: Task | None = None,
     against: str | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, Interval]]:
-    """Intervals ``{predictor: {metric: Interval}}`` and, of the first metric, each predictor's difference to
-    ``against``.
+    """Intervals ``{predictor: {metric: Interval}}`` and, of the first metric, each predictor's gain over
+    ``against``: their difference, turned round where less is better, so that a positive gain is a better
+    predictor.
 
-    targets: int64 [n]; probabilities: float64 [n, C] per predictor; groups: any labels [n], None for rows by
-    themselves. Resamples where a metric is undefined (an AUROC with one class) are left out.
+    targets: int64 [n], or what ``task`` says (default: binary or multiclass); probabilities: float64 [n, C]
+    per predictor; groups: any labels [n], None for rows by themselves. Resamples where a metric is undefined
+    (an AUROC with one class) are left out.
     """
     names = list(probabilities)
-    prepared = [[METRICS[m](targets, probabilities[name]) for m in metrics] for name in names]
+    prepare, decide = (METRICS.__getitem__, predicted) if task is None else (task.prepare, task.predicted)
+    prepared = [[prepare(m)(targets, probabilities[name]) for m in metrics] for name in names]
     ids = group_ids(groups, len(targets))
     n_groups = int(ids.max()) + 1
     rng = np.random.default_rng(seed)
@@ -46,15 +50,16 @@ def paired_intervals(
         for i, name in enumerate(names)
     }
     if "accuracy" in metrics:  # the same resamples, and a bound where all rows are right or wrong
-        hits = np.stack([predicted(p) == targets for p in probabilities.values()], axis=1)
+        hits = np.stack([decide(p) == targets for p in probabilities.values()], axis=1)
         exact = bootstrap_means(hits, groups, samples=samples, seed=seed)
         for name, interval in zip(names, exact, strict=True):
             scores[name]["accuracy"] = interval
     if against is None:
         return scores, {}
     base = names.index(against)
+    sign = 1 if higher_is_better(metrics[0]) else -1
     gains = {
-        name: _interval(value[i, 0] - value[base, 0], drawn[:, i, 0] - drawn[:, base, 0])
+        name: _interval(sign * (value[i, 0] - value[base, 0]), sign * (drawn[:, i, 0] - drawn[:, base, 0]))
         for i, name in enumerate(names)
         if name != against
     }

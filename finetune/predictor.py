@@ -5,23 +5,30 @@ missing in some rows, or in all of them by leaving out its column.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..configs.errors import UserError
 from ..pretrain.model import LoadedModel
-from .adapt import logits_of
 from .cells import PictureFolder
 from .config import LabelledDataConfig, ModalityConfig
-from .features import Progress, extract, silent
-from .manifest import Columns, Rows, parse_rows, read_columns
-from .saved import SavedHead, open_encoder, read_head, read_json
-from .tasks import Floats, Task, predicted
+from .explain import Explanation, coalitions, explained_class, shapley, values_of
+from .features import FeatureRows, Progress, extract, silent
+from .manifest import Rows, parse_rows, read_columns
+from .presence import Shown, has_weights, logits_under, weights_of
+from .saved import SavedHead, device_of, open_encoder, read_head, read_json
+from .scored import score_table
+from .tables import Columns, LazyColumn, cells_of
+from .tasks import Floats, Task
 
 __all__ = ["Predictor"]
+
+BATCH = 4096
 
 
 class Predictor:
@@ -34,10 +41,14 @@ class Predictor:
         self.head = name
         """Name of the head."""
         self.task = Task(info["task"], tuple(info["classes"]))
+        self.separator: str | None = info.get("separator")
+        """What stood between the labels of the training table's cells (multilabel), if they were text."""
         self.classes: list[str] = list(info["classes"])
         """Class names in the order of ``predict_proba``'s columns."""
         self.modalities: dict[str, str] = dict(info["modalities"])
         """Column per modality."""
+        self.has_weights = has_weights(saved[0].head)
+        """Whether the head weighs its modalities."""
         self._info, self._saved, self._device = info, saved, device
         self._models: dict[Path, LoadedModel] = {}
 
@@ -45,7 +56,8 @@ class Predictor:
     def load(cls, run: str | Path, *, head: str | None = None, device: str = "auto") -> "Predictor":
         """Open a run folder; ``head`` is one of its heads (default: the one that the inner rows chose).
 
-        Raises UserError if the folder is no finished fine-tuning run or has no such head.
+        Raises UserError if the folder is no finished fine-tuning run, has no such head, or for a device that
+        is not there.
         """
         run = Path(run)
         if not (run / "run.json").is_file():
@@ -56,14 +68,41 @@ class Predictor:
         name = head or info["best"]
         if name not in info["heads"]:
             raise UserError(f"{run} has no head '{name}'; it has {', '.join(info['heads'])}")
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        outputs = Task(info["task"], tuple(info["classes"])).outputs
-        saved = read_head(run / "heads" / name, info["widths"], info["token_widths"], outputs)
-        return cls(run, info, name, saved, torch.device(place))
+        place = device_of(device)
+        task = Task(info["task"], tuple(info["classes"]))
+        key = info.get("keys", {}).get(name)
+        if key is not None and read_json(run / "heads" / name / "head.json").get("key") != key:
+            raise UserError(
+                f"{run}: head '{name}' was trained again by a run that did not finish; let diptych finetune "
+                "finish it"
+            )
+        saved = read_head(run / "heads" / name, info["widths"], info["token_widths"], task)
+        return cls(run, info, name, saved, place)
 
-    def predict(self, table: Any, **options: Any) -> list[str]:
-        """The most probable class of every row; see ``predict_proba`` for what may be given."""
-        return [self.classes[c] for c in predicted(self.predict_proba(table, **options))]
+    @property
+    def saved(self) -> list[SavedHead]:
+        """The head of every seed."""
+        return list(self._saved)
+
+    @property
+    def encoders(self) -> list[Path]:
+        """The folder of the encoders of every seed: its own where they were trained, else the run's."""
+        return [one.encoder or self.run / "encoder" for one in self._saved]
+
+    def export(self, kind: str, path: str | Path, *, force: bool = False) -> dict[str, float]:
+        """Write the model to the folder ``path``: ``open_clip``, ``hf`` (its encoders) or ``torch_export``
+        (all of it); see ``export.export``. Returns the largest differences that were found."""
+        from .export import export
+
+        return export(self.run, kind, path, head=self.head, force=force)
+
+    def predict(
+        self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
+    ) -> list[Any]:
+        """The answer for every row: the most probable class; of ordered classes the one that holds the
+        middle of the probabilities; for multilabel a list of the labels from 0.5 on; for regression a float
+        in the target's unit. See ``predict_proba`` for what may be given."""
+        return self.task.named(self.of_rows(self._rows(table, root), progress=progress))
 
     def predict_proba(
         self,
@@ -73,18 +112,101 @@ class Predictor:
         progress: Progress = silent,
     ) -> Floats:
         """Probabilities float64 [n, C] of the rows of a table: a path (CSV, TSV, JSONL, Parquet), a data
-        frame, a dict of columns or a list of rows.
+        frame, a dict of columns or a list of rows. Of multilabel tasks each column is one label's.
 
         Image cells are paths (relative to the file's folder, else to the current one; never outside it, or
         outside ``root``), bytes, ``FOLDER#KEY`` or PIL images. Raises UserError for a picture that cannot be
-        read and for a row without any modality.
+        read, for a row without any modality, and for regression, which has no probabilities.
         """
+        if self.task.type == "regression":
+            raise UserError(f"{self.run}: regression has no probabilities; use predict")
         rows = self._rows(table, root)
         return self.of_rows(rows, progress=progress)
 
+    def explain(
+        self,
+        table: Any,
+        *,
+        of: str | None = None,
+        root: str | Path | None = None,
+        progress: Progress = silent,
+    ) -> list[dict[str, float]]:
+        """Per row what each modality contributed to the answer, exact Shapley values (see ``explain``): of
+        the log odds of the predicted class (multilabel: the most probable label), or of the class ``of``; for
+        regression of the number, in the target's unit.
+
+        They sum to the value for the row as it is less the value for nothing. See ``predict_proba`` for what
+        may be given; UserError also for an unknown class.
+        """
+        return self.explain_rows(self._rows(table, root), of=of, progress=progress)[1].rows()
+
+    def explain_rows(
+        self, rows: Rows, *, of: str | None = None, progress: Progress = silent
+    ) -> tuple[Floats, Explanation]:
+        """The answers [n, C] to parsed rows, and contributions to them with the values that they lead from
+        and to, and the head's own weights of its modalities where it has them."""
+        modalities = tuple(self.modalities)
+        sets = coalitions(modalities)
+        shown = [{k: np.full(len(rows), k in some) for k in modalities} for some in sets]
+        answers, weights = self._answers(rows, shown, progress, weights=True)
+        classes = explained_class(self.task, answers[-1], of)
+        values = {some: values_of(p, classes) for some, p in zip(sets, answers, strict=True)}
+        named = None if classes is None else [self.task.classes[c] for c in classes]
+        phi = shapley(values, modalities)
+        ends = values[sets[0]], values[sets[-1]]
+        return answers[-1], Explanation(modalities, phi, *ends, named, weights)
+
+    def embed(
+        self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
+    ) -> dict[str, NDArray[np.float32]]:
+        """Embeddings float32 [n, D] per modality, of length 1; NaN in rows where it is missing.
+
+        Of heads that were trained with their encoders those of the first seed's: encoders of different seeds
+        have no common space. See ``predict_proba`` for what may be given.
+        """
+        rows = self._rows(table, root)
+        features = self._features(self._saved[0].encoder or self.run / "encoder", rows, None, progress)
+        made: dict[str, NDArray[np.float32]] = {}
+        for k, index in features.index.items():
+            items = index.cpu().numpy()
+            made[k] = np.full((len(items), features.tables[k].shape[1]), np.nan, dtype=np.float32)
+            made[k][items >= 0] = features.tables[k].cpu().numpy()[items[items >= 0]]
+        return made
+
+    def evaluate(
+        self,
+        table: Any,
+        *,
+        root: str | Path | None = None,
+        samples: int | None = None,
+        progress: Progress = silent,
+    ) -> dict[str, Any]:
+        """The run's metrics, with 95 % intervals, on a labelled table: ``head``, ``n``, ``n_groups`` and
+        ``metrics``, ``{name: {value, low, high}}`` with None for what is undefined.
+
+        The table has the run's target column. Intervals resample the run's groups where the table has their
+        column, else rows; ``samples``: how often (default: as in the run). UserError also for labels that the
+        run does not know.
+        """
+        if isinstance(table, str | Path):
+            columns, rows = self.read(table, root)
+        else:
+            columns, rows = _columns(table), self._rows(table, root)
+        p = self.of_rows(rows, progress=progress)
+        info = dict(self._info) if samples is None else dict(self._info) | {"bootstrap": samples}
+        return {"head": self.head} | score_table(self.task, info, columns, rows, p)
+
     def of_rows(self, rows: Rows, *, progress: Progress = silent) -> Floats:
-        """Probabilities of parsed rows."""
-        parts: list[Floats] = []
+        """Probabilities of parsed rows; for regression the answers [n, 1]."""
+        return self._answers(rows, [{}], progress)[0][0]
+
+    def _answers(
+        self, rows: Rows, shown: Sequence[Shown], progress: Progress, *, weights: bool = False
+    ) -> tuple[list[Floats], Floats | None]:
+        """Answers [n, C] for each way of hiding modalities, averaged over seeds, and likewise the weights
+        [n, M] where they are wanted and the head has some."""
+        parts: list[list[Floats]] = [[] for _ in shown]
+        weighed: list[Floats] = []
         shared = None
         for one in self._saved:
             if one.encoder is None:
@@ -94,23 +216,28 @@ class Predictor:
             else:
                 source = self._features(one.encoder, rows, one, progress)
             head = one.head.to(self._device)
-            parts.append(self.task.probabilities(one.calibrated(logits_of(head, source))))
-        return np.mean(parts, axis=0)
+            logits = logits_under(head, source, shown, batch_size=BATCH)
+            for found, own in zip(parts, logits, strict=True):
+                found.append(self.task.probabilities(one.calibrated(own)))
+            if weights and self.has_weights:
+                weighed.append(weights_of(head, source, batch_size=BATCH))
+        return [np.mean(found, axis=0) for found in parts], np.mean(weighed, axis=0) if weighed else None
 
-    def _features(self, encoder: Path, rows: Rows, one: SavedHead, progress: Progress) -> Any:
+    def _features(self, encoder: Path, rows: Rows, one: SavedHead | None, progress: Progress) -> FeatureRows:
         if encoder not in self._models:
             self._models[encoder] = open_encoder(encoder, self._device)
         features, broken = extract(
             self._models[encoder],
             rows,
-            tokens=one.head.reads_tokens,
+            tokens=one is not None and one.head.reads_tokens,
+            inputs=one is not None and one.head.reads_inputs,
             max_pixels=int(self._info["max_pixels"]),
             progress=progress,
         )
         if broken:
             first = min(broken)
             raise UserError(
-                f"{rows.source}: row {first + 1}: image {rows.images[first]} cannot be read: "
+                f"{rows.source}: row {rows.first + first + 1}: image {rows.images[first]} cannot be read: "
                 f"{broken[first]}; mend it or empty the cell"
             )
         return features.to(self._device)
@@ -119,7 +246,7 @@ class Predictor:
         """All columns of a table file, and its parsed rows."""
         path = Path(path)
         columns = read_columns(path)
-        return columns, self._parse(
+        return columns, self.parse(
             columns, PictureFolder(path.parent, Path(root) if root else None), str(path)
         )
 
@@ -127,22 +254,24 @@ class Predictor:
         if isinstance(table, str | Path):
             return self.read(table, root)[1]
         folder = PictureFolder(Path(root) if root is not None else Path.cwd())
-        return self._parse(_columns(table), folder, "the table")
+        return self.parse(_columns(table), folder, "the table")
 
-    def _parse(self, columns: Columns, folder: PictureFolder, source: str) -> Rows:
+    def parse(self, columns: Columns, folder: PictureFolder, source: str, first: int = 0) -> Rows:
+        """Rows of columns, or of a chunk of them with ``first`` rows before it."""
         modalities: Any = {k: ModalityConfig(column=c) for k, c in self.modalities.items()}
         config = LabelledDataConfig(manifest=source, modalities=modalities, id=self._info["id"])
-        return parse_rows(columns, config, folder, source=source, target=None)
+        return parse_rows(columns, config, folder, source=source, target=None, first=first)
 
 
 def _columns(table: Any) -> Columns:
     """Columns of a data frame, an arrow table, a dict of columns or a list of rows."""
     if hasattr(table, "to_pydict"):  # pyarrow
-        return table.to_pydict()
+        names, rows, source = table.schema.names, table.num_rows, "the table"
+        return {n: LazyColumn(rows, partial(cells_of, table.column(n), source, n)) for n in names}
     if hasattr(table, "to_dict") and hasattr(table, "columns"):  # pandas
         return {str(k): list(v) for k, v in table.to_dict("list").items()}
     if isinstance(table, Mapping):
-        columns = {str(k): list(v) for k, v in table.items()}
+        columns: Columns = {str(k): list(v) for k, v in table.items()}
         if len({len(v) for v in columns.values()}) > 1:
             raise UserError("the table's columns have different lengths; give one cell per row")
         return columns

@@ -16,7 +16,9 @@ from ..configs.errors import UserError
 from ..configs.files import atomic_write_text, resolve_data_path
 from ..configs.versions import versions
 from .report_finetune import finetune_sections, finetune_tiles
+from .report_folds import fold_section, gain_tile
 from .report_html import details, missing, table, text
+from .report_missing import missing_section
 from .report_pretrain import pretrain_sections, pretrain_tiles
 from .report_style import STYLE
 
@@ -71,7 +73,7 @@ def _versions(folder: Path) -> dict[str, str]:
 
 
 def _kind(folder: Path) -> Literal["pretrain", "finetune", "evaluate"] | None:
-    if (folder / "results.json").is_file() or (folder / "heads").is_dir():
+    if any((folder / name).exists() for name in ("results.json", "heads", "folds")):
         return "finetune"
     if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
         return "pretrain"
@@ -139,8 +141,9 @@ def page(runs: Sequence[RunFiles]) -> str:
             tiles.append(f'<div class="tile"><b>{text(run.folder.resolve().name)}</b></div>')
             sections.append(name)
         if run.kind == "finetune":
-            tiles += finetune_tiles(run.results)
-            sections.append(finetune_sections(run.folder, run.results))
+            tiles += gain_tile(run.results) + finetune_tiles(run.results)
+            sections.append(finetune_sections(run.folder, run.results) + missing_section(run.results))
+            sections.append(fold_section(run.results))
         else:
             tiles += pretrain_tiles(run.evaluation)
             sections.append(pretrain_sections(run.folder, run.rows, run.evaluation))

@@ -4,16 +4,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .report_charts import interval_bar
-from .report_html import Html, cell, count, interval, missing, number, percent, score_cell, table, text, tile
+from .metrics import UNITS, higher_is_better
+from .report_charts import Series, interval_bar, line_chart
+from .report_html import (
+    Html,
+    cell,
+    count,
+    interval,
+    missing,
+    number,
+    percent,
+    plain,
+    score_cell,
+    table,
+    text,
+    tile,
+)
+from .verdict import no_verdict
 
 __all__ = ["finetune_sections", "finetune_tiles"]
 
 Json = Mapping[str, Any]
 SINGLE = ("image", "text")
 GAIN = (
-    "Gain: paired difference to the best single modality on the same rows; a head is better only if the "
-    "interval of its gain leaves out 0. The tinted head was chosen without the test rows."
+    "Gain: paired difference to the best single modality on the same rows, positive where the head is "
+    "better; a head is better only if the interval of its gain leaves out 0. The tinted head was chosen "
+    "without the test rows."
 )
 
 
@@ -22,10 +38,10 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _primary(heads: Json) -> str | None:
-    """The metric that all heads have: accuracy where there is one, else the first."""
+    """The first metric that all heads have."""
     metrics = [list(_mapping(_mapping(head).get("metrics"))) for head in heads.values()]
     common = [m for m in (metrics[0] if metrics else []) if all(m in other for other in metrics)]
-    return "accuracy" if "accuracy" in common else (common[0] if common else None)
+    return common[0] if common else None
 
 
 def _ranked(heads: Json, metric: str) -> list[str]:
@@ -33,10 +49,10 @@ def _ranked(heads: Json, metric: str) -> list[str]:
 
     def value(name: str) -> float:
         got = number(_mapping(_mapping(heads[name].get("metrics")).get(metric)).get("value"))
-        return got if got == got else float("-inf")
+        return sign * got if got == got else float("-inf")
 
-    lower_is_better = metric in ("rmse", "mae", "brier", "ece", "loss")
-    return sorted(heads, key=lambda name: value(name) if lower_is_better else -value(name))
+    sign = 1 if higher_is_better(metric) else -1
+    return sorted(heads, key=lambda name: -value(name))
 
 
 def _selected(heads: Json, metric: str, results: Json) -> str | None:
@@ -58,9 +74,11 @@ def finetune_tiles(results: Json) -> list[str]:
         if name is None:
             continue
         score = dict(_mapping(heads[name]["metrics"][metric]))
-        score |= {k: results[k] for k in ("chance", "majority") if metric == "accuracy" and k in results}
+        levels = ("chance", "majority") if metric == "accuracy" else ("chance",)
+        score |= {k: results[k] for k in levels if k in results}
         what = f"{name} alone" if name in SINGLE else f"fused: {name}"
-        tiles.append(tile(f"{metric}, {what}", score, f"{count(results.get('n_test'))} test rows"))
+        note = f"{count(results.get('n_test'))} test rows"
+        tiles.append(tile(f"{metric}, {what}", score, note, share=metric not in UNITS))
     return tiles
 
 
@@ -78,6 +96,7 @@ def finetune_sections(folder: Path, results: Json) -> str:
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
     parts.append(f'<p class="soft">{rows} {GAIN}</p>')
     parts.append(_fusion_table(heads, metric, results))
+    parts.append(_reliability(heads, _selected(heads, metric, results), results))
     return "".join(parts)
 
 
@@ -86,9 +105,11 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
     scores = [_mapping(heads[name]["metrics"][metric]) for name in ranked]
     values = [number(s.get(k)) for s in scores for k in ("low", "high")]
     known = [v for v in values if v == v]
-    chance = number(results.get("chance")) if metric == "accuracy" else float("nan")
+    chance = number(results.get("chance"))
     known += [chance] if chance == chance else []
-    limits = (min(known) - 0.02, max(known) + 0.02) if known else (0.0, 1.0)
+    share = metric not in UNITS
+    edge = 0.02 if share or not known else 0.05 * (max(known) - min(known))
+    limits = (min(known) - edge, max(known) + edge) if known else (0.0, 1.0)
     others = [m for m in _mapping(heads[ranked[0]].get("metrics")) if m != metric][:2]
     rows: list[list[Any]] = []
     for name, score in zip(ranked, scores, strict=True):
@@ -99,10 +120,10 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
         rows.append(
             [
                 cell(name, kind),
-                score_cell(score),
+                score_cell(score, share=share),
                 Html(interval_bar(*ends, reference=reference, limits=limits)),
-                _gain(head),
-                *(score_cell(_mapping(head.get("metrics")).get(m)) for m in others),
+                _gain(head, results, share=share),
+                *(score_cell(_mapping(head.get("metrics")).get(m), share=m not in UNITS) for m in others),
                 count(head.get("params")),
                 f"{number(head.get('seconds')):.1f} s" if number(head.get("seconds")) >= 0 else "-",
             ]
@@ -113,15 +134,36 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
     return table("", [*head_row, "parameters", "time"], rows, best=best)
 
 
-def _gain(head: Json) -> Html:
+def _reliability(heads: dict[str, dict[str, Any]], chosen: str | None, results: Json) -> str:
+    """Confidence against what was right, of the chosen head."""
+    found = heads[chosen].get("reliability") if chosen is not None else None
+    bins = [_mapping(b) for b in found] if isinstance(found, list) else []
+    if not bins:
+        return ""
+    points = [(number(b.get("confidence")), number(b.get("accuracy"))) for b in bins]
+    labels = results.get("type") == "multilabel"
+    return line_chart(
+        f"Reliability of {chosen}: {'share of rows with the label' if labels else 'share that is right'}",
+        [
+            Series(str(chosen), [x for x, _ in points], [y for _, y in points], marked=True),
+            Series("calibrated", [0.0, 1.0], [0.0, 1.0]),
+        ],
+        x_name="probability of the label" if labels else "confidence",
+        from_zero=True,
+    )
+
+
+def _gain(head: Json, results: Json, *, share: bool) -> Html:
     versus = _mapping(head.get("vs_best_single"))
     diff = number(versus.get("diff"))
     if diff != diff:
         return Html("-")
     low, high = number(versus.get("low")), number(versus.get("high"))
-    kind = "good" if low > 0 else "bad" if high < 0 else ""
+    few = no_verdict(results)
+    kind = "" if few else "good" if low > 0 else "bad" if high < 0 else ""
     sign = "+" if diff > 0 else ""
     against = f" against {text(versus['against'])}" if versus.get("against") else ""
     return Html(
-        f'<span class="{kind}">{sign}{percent(diff)}</span><small>{interval(versus)}{against}</small>'
+        f'<span class="{kind}">{sign}{(percent if share else plain)(diff)}</span>'
+        f"<small>{few or interval(versus, share=share)}{against}</small>"
     )

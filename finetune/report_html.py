@@ -14,6 +14,7 @@ __all__ = [
     "missing",
     "number",
     "percent",
+    "plain",
     "score_cell",
     "table",
     "text",
@@ -54,21 +55,30 @@ def percent(value: Any) -> str:
     return f"{share:.2f} %" if 0 < abs(share) < 1 else f"{share:.1f} %"
 
 
-def interval(score: Any) -> str:
-    """The interval of a score dict, as percents."""
-    low, high = 100 * number(score.get("low")), 100 * number(score.get("high"))
-    return f"{low:.1f} to {high:.1f}" if math.isfinite(low) and math.isfinite(high) else ""
+def plain(value: Any) -> str:
+    """A number that is no share, with four digits; a dash for what is no number."""
+    found = number(value)
+    return f"{found:.4g}" if math.isfinite(found) else "-"
 
 
-def score_cell(score: Any) -> Html:
+def interval(score: Any, *, share: bool = True) -> str:
+    """The interval of a score dict, as percents or as the numbers they are."""
+    low, high = number(score.get("low")), number(score.get("high"))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{100 * low:.1f} to {100 * high:.1f}" if share else f"{plain(low)} to {plain(high)}"
+
+
+def score_cell(score: Any, *, share: bool = True) -> Html:
     """Table cell of a score dict: value, interval and chance below each other."""
     if not isinstance(score, dict):
         return Html("-")
-    parts = [percent(score.get("value"))]
-    if between := interval(score):
+    shown = percent if share else plain
+    parts = [shown(score.get("value"))]
+    if between := interval(score, share=share):
         parts.append(f"<small>{between}</small>")
     if "chance" in score:
-        parts.append(f"<small>chance {percent(score['chance'])}</small>")
+        parts.append(f"<small>chance {shown(score['chance'])}</small>")
     return Html("".join(parts))
 
 
@@ -105,16 +115,17 @@ def table(
     return f'<div class="scroll"><table>{inner}</table></div>'
 
 
-def tile(name: str, score: Any, note: str = "") -> str:
+def tile(name: str, score: Any, note: str = "", *, share: bool = True) -> str:
     """A headline number with its interval and chance."""
-    lines = [f"95 % interval {interval(score)}"] if interval(score) else []
-    levels = [f"{word} {percent(score[word])}" for word in ("chance", "majority") if word in score]
+    shown, between = percent if share else plain, interval(score, share=share)
+    lines = [f"95 % interval {between}"] if between else []
+    levels = [f"{word} {shown(score[word])}" for word in ("chance", "majority") if word in score]
     if levels:
         lines.append(", ".join(levels))
     if note:
         lines.append(note)
     below = "".join(f"<span>{text(line)}</span>" for line in lines)
-    value = percent(score.get("value"))
+    value = shown(score.get("value"))
     return f'<div class="tile"><span class="name">{text(name)}</span><b>{value}</b>{below}</div>'
 
 

@@ -25,9 +25,11 @@ from ..configs.files import fsync_folder
 from ..pretrain.model import LoadedModel, bundle_text, load_model, open_clip_config
 from .config import HeadConfig
 from .fusion import Head, build_head
+from .tasks import Task
 
 __all__ = [
     "SavedHead",
+    "device_of",
     "file_hash",
     "read_head",
     "read_json",
@@ -145,15 +147,16 @@ def save_head(
 
 
 def read_head(
-    folder: Path, widths: dict[str, int], token_widths: dict[str, int] | None, outputs: int
+    folder: Path, widths: dict[str, int], token_widths: dict[str, int] | None, task: Task
 ) -> list[SavedHead]:
-    """The trained heads of all seeds, in eval mode. Raises UserError for a damaged or foreign file."""
+    """The trained heads of all seeds, in eval mode, for the outputs of a task. Raises UserError for a damaged
+    or foreign file."""
     document = read_json(folder / "head.json")
     config = HeadConfig.model_validate_json(json.dumps(document["config"]))
     saved: list[SavedHead] = []
     for seed in document["seeds"]:
         path = folder / f"seed_{seed['seed']}.safetensors"
-        head = build_head(config, widths, outputs, token_widths)
+        head = build_head(config, widths, task.outputs, token_widths, task.link)
         try:
             if file_hash(path) != document["files"][path.name]:
                 raise UserError(
@@ -173,3 +176,16 @@ def read_head(
 def open_encoder(folder: Path, device: str | torch.device) -> LoadedModel:
     """The encoders kept in a run."""
     return load_model(folder, device=device)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name, ``auto`` being the GPU where there is one. UserError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device: '{name}' cannot be used here; give auto or cpu")
+    return device

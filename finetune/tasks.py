@@ -1,69 +1,203 @@
-"""Tasks: what a head puts out, its loss, and the metrics of its probabilities.
+"""Tasks: what a head puts out, its loss, and the metrics of its answers.
 
-Metrics are computed on accumulated float64 probabilities, never averaged over batches. Each one is prepared
-once for fixed rows and then evaluated for row weights, which is what makes a bootstrap of thousands of
-resamples cheap; with equal weights they are scikit-learn's, as the tests show.
+Metrics are computed on accumulated float64 answers, never averaged over batches; see ``metrics``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..configs.errors import UserError
+from .losses import ClassWeight, loss_weights, losses_of
+from .metrics import (
+    BINARY,
+    BINS,
+    MULTICLASS,
+    ORDINAL,
+    Floats,
+    Ints,
+    Prepare,
+    WeightedMetric,
+    bins_of,
+    confidence_pairs,
+    higher_is_better,
+    median_class,
+    predicted,
+)
+from .metrics_more import MULTILABEL, REGRESSION
 
-__all__ = ["BINS", "METRICS", "Task", "WeightedMetric", "metric_value"]
+__all__ = [
+    "BINS",
+    "METRICS",
+    "Floats",
+    "Ints",
+    "Task",
+    "WeightedMetric",
+    "calibrate",
+    "higher_is_better",
+    "log_loss",
+    "metric_value",
+    "predicted",
+]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-WeightedMetric = Callable[[Floats], float]
-"""Row weights float64 [n] to the metric's value; NaN where it is undefined."""
-Prepare = Callable[[Ints, Floats], WeightedMetric]
-BINS = 15
+TaskType = Literal["binary", "multiclass", "multilabel", "regression", "ordinal"]
+METRICS_OF: dict[str, dict[str, Prepare]] = {
+    "binary": BINARY,
+    "multiclass": MULTICLASS,
+    "multilabel": MULTILABEL,
+    "regression": REGRESSION,
+    "ordinal": ORDINAL,
+}
+METRICS: dict[str, Prepare] = BINARY | MULTICLASS
+"""Metrics of binary and multiclass tasks by name; of any task: ``Task.prepare``."""
+LINKS: dict[str, Literal["sigmoid", "softmax", "identity", "cumulative"]] = {
+    "binary": "sigmoid",
+    "multiclass": "softmax",
+    "multilabel": "sigmoid",
+    "regression": "identity",
+    "ordinal": "cumulative",
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task. ``classes``: their names in the order of the probabilities; binary: negative,
-    positive."""
+    """What is predicted. ``classes``: their names in the order of the probabilities (binary: negative,
+    positive; ordinal: from low to high; regression: none).
 
-    type: Literal["binary", "multiclass"]
+    Targets are class numbers int64 [n], for multilabel 0 and 1 int64 [n, L], for regression float64 [n].
+    """
+
+    type: TaskType
     classes: tuple[str, ...]
+    class_weight: ClassWeight = "none"
+    focal_gamma: float = 0.0
+    center: float = 0.0
+    """Regression: mean of the training targets, once the task is fitted to them."""
+    scale: float = 1.0
+    """Regression: standard deviation of the training targets."""
 
     @property
     def outputs(self) -> int:
-        """Logits per row: 1 for binary tasks."""
-        return 1 if self.type == "binary" else len(self.classes)
+        """Logits per row: 1 for binary and regression tasks, one per threshold for ordinal ones."""
+        if self.type in ("binary", "regression"):
+            return 1
+        return len(self.classes) - (self.type == "ordinal")
+
+    @property
+    def link(self) -> Literal["sigmoid", "softmax", "identity", "cumulative"]:
+        """How logits become answers; heads that mix answers need it."""
+        return LINKS[self.type]
 
     @property
     def primary(self) -> str:
         """What early stopping and the choice of a head look at by default."""
-        return "auroc" if self.type == "binary" else "accuracy"
+        return "auroc" if self.type == "binary" else self.metrics[0]
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the reported metrics, in order."""
-        return METRIC_NAMES[self.type]
+        """Names of the reported metrics, in order; gains are told of the first."""
+        return tuple(METRICS_OF[self.type])
 
-    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean loss of logits [b, C] and class numbers int64 [b]: binary cross entropy or cross entropy."""
-        if self.type == "multiclass":
-            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        wanted = targets.to(logits.dtype) * (1 - smoothing) + smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits[:, 0], wanted)
+    def prepare(self, name: str) -> Prepare:
+        """A metric of this task by name."""
+        return METRICS_OF[self.type][name]
+
+    def value(self, name: str, targets: Any, p: Floats) -> float:
+        """A metric of all rows; NaN where it is undefined."""
+        return self.prepare(name)(targets, p)(np.ones(len(targets)))
+
+    def fitted(self, targets: Tensor) -> "Task":
+        """The task with what it takes from training targets: for regression their mean and scale."""
+        if self.type != "regression":
+            return self
+        y = targets.double()
+        return replace(self, center=float(y.mean()), scale=float(y.std(correction=0).clamp_min(1e-12)))
+
+    def weights(self, targets: Tensor, rows: Sequence[float] | Tensor | None = None) -> Tensor | None:
+        """Loss weights of training rows, see ``losses.loss_weights``."""
+        return loss_weights(self.type, self.class_weight, targets, len(self.classes), rows)
+
+    def loss(
+        self, logits: Tensor, targets: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
+    ) -> Tensor:
+        """Mean training loss of logits [b, C], each row times its weight, see ``losses``."""
+        losses = losses_of(self.type, logits, self._standard(targets), smoothing, self.focal_gamma)
+        return losses.mean() if weights is None else (losses * weights.to(losses)).mean()
+
+    def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss without weights, smoothing and focus: a proper score, which calibration needs."""
+        return losses_of(self.type, logits, self._standard(targets), 0.0, 0.0).mean()
+
+    def _standard(self, targets: Tensor) -> Tensor:
+        return (targets - self.center) / self.scale if self.type == "regression" else targets
 
     def probabilities(self, logits: Tensor) -> Floats:
-        """float64 [n, C], C the number of classes also for binary tasks; rows sum to 1."""
-        logits = logits.detach().double().cpu()
+        """float64 [n, C], C the number of classes also for binary and ordinal tasks; rows sum to 1, or are
+        one probability per label. Regression: the answers [n, 1] in the target's unit."""
+        return self.answers(logits.detach().double().cpu()).numpy()
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """``probabilities`` of logits, in their dtype and with their gradient."""
+        if self.type == "regression":
+            return logits * self.scale + self.center
         if self.type == "multiclass":
-            return logits.softmax(dim=1).numpy()
-        positive = logits[:, 0].sigmoid().numpy()
-        return np.stack([1 - positive, positive], axis=1)
+            return logits.softmax(dim=1)
+        if self.type == "multilabel":
+            return logits.sigmoid()
+        greater = logits.sigmoid()
+        if self.type == "binary":
+            return torch.cat([1 - greater, greater], dim=1)
+        one, zero = torch.ones_like(greater[:, :1]), torch.zeros_like(greater[:, :1])
+        above = torch.cat([one, greater, zero], dim=1)
+        return (above[:, :-1] - above[:, 1:]).clamp_min(0)
+
+    def predicted(self, p: Floats) -> Any:
+        """Class numbers int64 [n]; multilabel: bool [n, L]; regression: the answers float64 [n]."""
+        if self.type == "regression":
+            return p[:, 0]
+        if self.type == "multilabel":
+            return p >= 0.5
+        return median_class(p) if self.type == "ordinal" else predicted(p)
+
+    def named(self, p: Floats) -> list[Any]:
+        """What is predicted per row, in the table's words: a class, a list of labels, or a number."""
+        said = self.predicted(p)
+        if self.type == "regression":
+            return [float(value) for value in said]
+        if self.type == "multilabel":
+            return [[self.classes[c] for c in np.flatnonzero(row)] for row in said]
+        return [self.classes[c] for c in said]
+
+    def log_loss(self, targets: Any, p: Floats) -> float:
+        """Mean negative log likelihood, for multilabel also over labels; regression: mean squared error."""
+        if self.type == "regression":
+            return float(((p[:, 0] - targets) ** 2).mean())
+        if self.type == "multilabel":
+            return float(-np.log(np.clip(np.where(targets == 1, p, 1 - p), 1e-12, 1)).mean())
+        return log_loss(targets, p)
+
+    def reliability(self, targets: Any, p: Floats) -> list[dict[str, float]]:
+        """Per bin of the calibration error that holds something: mean ``confidence``, ``accuracy``, and the
+        share of rows (multilabel: of rows and labels). Empty for regression."""
+        if self.type == "regression":
+            return []
+        if self.type == "multilabel":
+            confidence, hit = p.ravel(), targets.ravel().astype(np.float64)
+        else:
+            confidence, hit = confidence_pairs(targets, p, self.predicted)
+        bins = bins_of(confidence)
+        return [
+            {
+                "confidence": float(confidence[inside].mean()),
+                "accuracy": float(hit[inside].mean()),
+                "share": float(inside.mean()),
+            }
+            for inside in (bins == b for b in np.unique(bins))
+        ]
 
     def check_metric(self, name: str) -> str:
         """The metric that a config's ``early_stopping.metric`` means; UserError if the task has none."""
@@ -75,127 +209,6 @@ class Task:
                 f"{', '.join(self.metrics)}"
             )
         return name
-
-
-def higher_is_better(name: str) -> bool:
-    """Whether more of a metric is better."""
-    return name not in ("loss", "brier", "ece")
-
-
-def _mean(values: NDArray[Any]) -> WeightedMetric:
-    return lambda weights: float(weights @ values / weights.sum())
-
-
-def _accuracy(targets: Ints, p: Floats) -> WeightedMetric:
-    """Share of rows whose most probable class is theirs (binary: the positive one from 0.5 on)."""
-    return _mean((predicted(p) == targets).astype(np.float64))
-
-
-def predicted(p: Floats) -> Ints:
-    """Class numbers int64 [n] of probabilities [n, C]; of equals the first, of two classes the second."""
-    return (p[:, 1] >= 0.5).astype(np.int64) if p.shape[1] == 2 else p.argmax(axis=1)
-
-
-def _ranked(targets: Ints, p: Floats) -> tuple[Ints, NDArray[np.bool_], Ints]:
-    """Rows by falling probability of the positive class, which are positive, and the last of each tie."""
-    order = np.argsort(-p[:, 1], kind="stable")
-    scores = p[order, 1]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    return order, targets[order] == 1, last
-
-
-def _auroc(targets: Ints, p: Floats) -> WeightedMetric:
-    """Area under the ROC curve; ties count half. Undefined with one class."""
-    order, positive, last = _ranked(targets, p)
-
-    def value(weights: Floats) -> float:
-        w = weights[order]
-        tp, fp = np.cumsum(w * positive)[last], np.cumsum(w * ~positive)[last]
-        if tp[-1] == 0 or fp[-1] == 0:
-            return float("nan")
-        return float(np.trapezoid(np.append(0, tp), np.append(0, fp)) / (tp[-1] * fp[-1]))
-
-    return value
-
-
-def _ap(targets: Ints, p: Floats) -> WeightedMetric:
-    """Average precision, the step-wise sum of precision over recall. Undefined without positives."""
-    order, positive, last = _ranked(targets, p)
-
-    def value(weights: Floats) -> float:
-        w = weights[order]
-        tp, every = np.cumsum(w * positive)[last], np.cumsum(w)[last]
-        if tp[-1] == 0:
-            return float("nan")
-        precision = np.divide(tp, every, out=np.zeros_like(tp), where=every > 0)
-        return float(np.diff(tp, prepend=0) @ precision / tp[-1])
-
-    return value
-
-
-def _f1(targets: Ints, p: Floats) -> WeightedMetric:
-    """F1 of the positive class; for more than two classes the mean over those that occur in rows or
-    predictions (macro)."""
-    said, n_classes = predicted(p), p.shape[1]
-
-    def value(weights: Floats) -> float:
-        hit = np.bincount(targets, weights * (said == targets), n_classes)
-        size = np.bincount(targets, weights, n_classes) + np.bincount(said, weights, n_classes)
-        if n_classes == 2:
-            return float(2 * hit[1] / size[1]) if size[1] else 0.0
-        defined = size > 0
-        return float((2 * hit[defined] / size[defined]).mean())
-
-    return value
-
-
-def _balanced_accuracy(targets: Ints, p: Floats) -> WeightedMetric:
-    """Mean recall of the classes that occur."""
-    hits = (predicted(p) == targets).astype(np.float64)
-
-    def value(weights: Floats) -> float:
-        size = np.bincount(targets, weights)
-        right = np.bincount(targets, weights * hits, len(size))
-        return float((right[size > 0] / size[size > 0]).mean())
-
-    return value
-
-
-def _brier(targets: Ints, p: Floats) -> WeightedMetric:
-    """Mean squared distance of probability and truth: of the positive class, or summed over more than two."""
-    if p.shape[1] == 2:
-        return _mean((p[:, 1] - targets) ** 2)
-    return _mean(((p - np.eye(p.shape[1])[targets]) ** 2).sum(axis=1))
-
-
-def _ece(targets: Ints, p: Floats) -> WeightedMetric:
-    """Expected calibration error: |confidence - accuracy| over 15 equal bins of the confidence, weighted by
-    rows (Guo et al. 2017, arXiv 1706.04599)."""
-    said = predicted(p)
-    confidence = p[np.arange(len(p)), said]
-    gap = confidence - (said == targets)
-    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-
-    def value(weights: Floats) -> float:
-        return float(np.abs(np.bincount(bins, weights * gap, BINS)).sum() / weights.sum())
-
-    return value
-
-
-METRICS: dict[str, Prepare] = {
-    "accuracy": _accuracy,
-    "auroc": _auroc,
-    "ap": _ap,
-    "f1": _f1,
-    "macro_f1": _f1,
-    "balanced_accuracy": _balanced_accuracy,
-    "brier": _brier,
-    "ece": _ece,
-}
-METRIC_NAMES: dict[str, tuple[str, ...]] = {
-    "binary": ("accuracy", "auroc", "ap", "f1", "brier", "ece"),
-    "multiclass": ("accuracy", "balanced_accuracy", "macro_f1", "brier", "ece"),
-}
 
 
 def metric_value(name: str, targets: Ints, p: Floats) -> float:
@@ -210,7 +223,12 @@ def log_loss(targets: Ints, p: Floats) -> float:
 
 def calibrate(task: Task, logits: Tensor, targets: Tensor, method: str) -> tuple[float, float]:
     """Scale a and shift c of ``a * logits + c`` that minimise the loss on these rows (temperature, Guo et al.
-    2017; with a shift, Platt 1999). ``none`` gives 1 and 0; a is kept positive, so no ranking changes."""
+    2017; with a shift, Platt 1999). ``none`` gives 1 and 0; a is kept positive, so no ranking changes.
+
+    Regression: the scale and mean of the training targets, which turn logits into the target's unit.
+    """
+    if task.type == "regression":
+        return task.scale, task.center
     if method == "none":
         return 1.0, 0.0
     logits = logits.detach().double()
@@ -222,7 +240,7 @@ def calibrate(task: Task, logits: Tensor, targets: Tensor, method: str) -> tuple
     def closure() -> Tensor:
         optimizer.zero_grad()
         # the weak pull keeps the scale finite where the rows are told apart without error
-        loss = task.loss(log_scale.exp() * logits + shift, targets) + 1e-4 * log_scale.square()
+        loss = task.plain_loss(log_scale.exp() * logits + shift, targets) + 1e-4 * log_scale.square()
         loss.backward()
         return loss
 

@@ -17,8 +17,9 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from ..pretrain.model import LoadedModel
+from ..pretrain.packing import pad_text
 
-__all__ = ["image_tokens", "text_tokens"]
+__all__ = ["image_inputs", "image_tokens", "project_text", "text_inputs", "text_tokens"]
 
 LEAST_CELLS = 4
 
@@ -49,13 +50,35 @@ def image_tokens(model: LoadedModel, images: Tensor) -> Tensor:
 def text_tokens(model: LoadedModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """float32 [n, L, D] (or [n, L, W]) and bool [n, L], True for real tokens."""
     tokens, mask = model.text_tokens(captions)
-    text: Any = model.clip.text
+    return project_text(model.clip.text, tokens), mask
+
+
+def project_text(text: Any, tokens: Tensor) -> Tensor:
+    """[n, L, D], or the tokens [n, L, W] of a text tower as they are."""
     projection = text.text_projection if isinstance(text, TextTransformer) else getattr(text, "proj", None)
     if isinstance(projection, Tensor):
-        return tokens @ projection, mask
+        return tokens @ projection
     if isinstance(projection, nn.Module) and _token_wise(projection):
-        return projection(tokens), mask
-    return tokens, mask
+        return projection(tokens)
+    return tokens
+
+
+@torch.inference_mode()
+def image_inputs(model: LoadedModel, images: Tensor) -> Tensor:
+    """float32 [n, P, W], what the first block of open_clip's ViT reads of uint8 [n, 3, S, S], without its
+    class token."""
+    visual: Any = model.clip.visual
+    return visual._embeds(model.model.pixels(images))[:, 1:].float()
+
+
+@torch.inference_mode()
+def text_inputs(model: LoadedModel, captions: Sequence[str]) -> Tensor:
+    """float32 [n, L, W'], word embeddings with their positions; L and the real tokens are those of
+    ``text_tokens``."""
+    token_ids, seq_lens = model.tokenizer.pack(captions)
+    text: Any = model.clip.text
+    padded = pad_text(text, token_ids, seq_lens).to(model.device)
+    return text._embeds(padded)[0][:, : int(seq_lens.max())].float()
 
 
 def _averages(trunk: Any) -> bool:

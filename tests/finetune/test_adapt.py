@@ -14,6 +14,7 @@ from diptych.finetune.cells import Picture, PictureReader
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
 from diptych.finetune.features import FeatureRows
 from diptych.finetune.tasks import Task
+from diptych.finetune.training import Training
 from diptych.pretrain.model import LoadedModel, load_model
 
 from .labelled import squares, xor_rows
@@ -57,7 +58,7 @@ def test_a_seed_gives_the_same_weights_whatever_was_drawn_before() -> None:
 def test_the_best_epoch_of_the_inner_rows_is_kept_and_patience_ends_the_training() -> None:
     config, options = HeadConfig(op="concat"), {"epochs": 30}
     fitted, log = train(config, adapt=options, stopping={"patience": 2})
-    scores = [row["inner_auroc"] for row in log]
+    scores = [(row["inner_auroc"], -row["inner_loss"]) for row in log]
     assert fitted.best_epoch == max(range(len(scores)), key=lambda i: (scores[i], -i))
     assert len(log) == min(30, fitted.best_epoch + 3)
     short, _ = train(config, adapt=options, stopping={"patience": 30})
@@ -91,7 +92,7 @@ def test_a_layer_that_gets_no_gradient_is_found_at_once(monkeypatch: pytest.Monk
 
 def test_modality_dropout_takes_one_modality_of_some_rows_and_never_the_last() -> None:
     config = AdaptConfig(modality_dropout=0.4)
-    run = module._Run(nn.Linear(1, 1), TASK, config, StoppingConfig(), 0, lambda row: None)  # type: ignore[arg-type]
+    run = Training(nn.Linear(1, 1), TASK, config, StoppingConfig(), 0, lambda row: None)  # type: ignore[arg-type]
     both = {k: torch.ones(20_000, dtype=torch.bool) for k in WIDTHS}
     both["text"][:10_000] = False
     torch.manual_seed(0)
@@ -178,3 +179,31 @@ def test_lp_ft_that_does_not_help_leaves_the_encoders_as_they_were(tmp_path: Pat
     )  # fmt: skip
     assert fitted.best_epoch == 0
     assert equal(before, dict(model.clip.state_dict()))
+
+
+def test_of_epochs_with_one_score_the_one_with_the_least_loss_is_kept() -> None:
+    """An ordinal head first says the most frequent class of every row, and its kappa stands still at 0: that
+    must not end the training."""
+    rows, log = xor_rows(400, 1), list[dict[str, Any]]()
+    first = rows.rows.tables["image"][:, 0].contiguous()  # type: ignore[attr-defined]
+    grades = torch.bucketize(first, first.quantile(torch.tensor([0.1, 0.9])))
+    part, task = Part(rows.rows, grades), Task("ordinal", ("low", "mid", "high"))
+    adapt = AdaptConfig(lr=1e-2, epochs=100, batch_size=64, modality_dropout=0.0)
+    config, stopping = HeadConfig(op="image", dropout=0.0), StoppingConfig()
+    fit(config, adapt, stopping, task, part, part, widths=WIDTHS, seed=0, log=log.append)
+    scores = [row["inner_qwk"] for row in log]
+    assert scores[:6] == [0.0] * 6
+    assert max(scores) > 0.25
+
+
+@pytest.mark.parametrize("rule", ["mean", "stacking"])
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_a_modality_that_few_rows_have_is_no_layer_without_gradient(rule: str, pictures: int) -> None:
+    rows = xor_rows(200, 1)
+    index = dict(rows.rows.index)
+    index["image"] = torch.where(torch.arange(200) >= 200 - pictures, index["image"], -1)
+    features = FeatureRows(rows.rows.tables, index, torch.arange(200))
+    parts = (Part(features, rows.targets), xor_rows(100, 2))
+    fitted, log = train(HeadConfig(op="late", rule=rule), parts=parts, adapt={"batch_size": 8, "epochs": 2})
+    assert len(log) == 2
+    assert all(bool(value.isfinite().all()) for value in state(fitted).values())

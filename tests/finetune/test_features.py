@@ -1,5 +1,6 @@
 """Features are the encoder's own, computed once per content, and found again only for the same content."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,25 @@ def test_an_interrupted_write_leaves_no_entry(
     monkeypatch.undo()
     found, _ = extract(model, rows, fingerprint=None)
     assert np.isfinite(found.tables["image"].numpy()).all()
+
+
+def test_what_another_run_kept_beside_is_not_read(tmp_path: Path, model: LoadedModel) -> None:
+    rows = table(tmp_path, ["red.png", "blue.png"], ["x", "y"])
+    deep, _ = extract(model, rows, tokens=True, fingerprint="f")
+    assert "image_tokens" in deep.tables
+    plain, _ = extract(model, rows, fingerprint="f")
+    assert plain.tables.keys() == {"image", "text"}
+    assert torch.equal(plain.tables["image"], deep.tables["image"])
+    assert len(list((cache_dir() / "features").iterdir())) == 2
+
+
+def test_a_groups_number_is_its_names_alone(tmp_path: Path, model: LoadedModel) -> None:
+    def numbers(groups: list[str]) -> list[int]:
+        rows = replace(table(tmp_path, [None] * len(groups), ["x"] * len(groups)), groups=groups)
+        found = extract(model, rows)[0].groups
+        assert found is not None
+        return found.tolist()
+
+    a, b, c = numbers(["a", "b", "\udcff"])
+    assert len({a, b, c}) == 3
+    assert numbers(["b", "new", "a", "b"])[::2] == [b, a]

@@ -14,8 +14,12 @@ from PIL import Image
 
 from diptych.configs.errors import UserError
 from diptych.finetune.cells import BrokenPicture, Picture, PictureFolder, PictureReader
-from diptych.finetune.config import LabelledDataConfig, ModalityConfig, TaskConfig
-from diptych.finetune.manifest import encode_targets, parse_rows, read_columns, read_rows, split_rows
+from diptych.finetune.config import CvConfig, LabelledDataConfig, ModalityConfig, TaskConfig
+from diptych.finetune.folds import make_folds
+from diptych.finetune.intervals import paired_intervals
+from diptych.finetune.manifest import parse_rows, read_columns, read_rows, split_rows
+from diptych.finetune.targets import encode_targets
+from diptych.pretrain.statistics import bootstrap_means
 
 from .labelled import squares, write_csv
 
@@ -95,6 +99,26 @@ def test_without_val_or_split_groups_stay_whole_and_the_split_is_fixed() -> None
     assert len(first.test) == 40
     assert len(first.inner) == 24
     assert all((a == b).all() for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_without_a_group_stand_for_themselves(suffix: str, tmp_path: Path) -> None:
+    table = [[f"r{i}", "", f"text {i}", i % 2, f"g{i // 2}" if i < 8 else "", ""] for i in range(24)]
+    table[0][4] = table[1][4] = "row r9"  # what the group of row r9 would be called
+    wanted = config(
+        write(tmp_path, suffix, table), split=None, modalities={"text": ModalityConfig(column="text")}
+    )
+    rows = read_rows(wanted, BINARY)
+    assert rows.groups[:8] == [row[4] for row in table[:8]]
+    assert len(set(rows.groups)) == 4 + 16
+    assert all(name.endswith(row[0]) for name, row in zip(rows.groups[8:], table[8:], strict=True))
+    folds = make_folds(rows, None, CvConfig(folds=20), inner_share=0.2)
+    assert sorted(len(fold.splits.test) for fold in folds) == [1] * 16 + [2] * 4
+    hits = np.arange(24) % 3 == 0
+    p = np.where(hits[:, None], [[0.0, 1.0]], [[1.0, 0.0]])
+    got = paired_intervals(np.ones(24, dtype=np.int64), {"x": p}, ["accuracy"], rows.groups, samples=100)[0]
+    named = [row[4] or f" {row[0]}" for row in table]
+    assert got["x"]["accuracy"] == bootstrap_means(hits, named, samples=100)[0]
 
 
 Change = Callable[[list[list[Any]]], Any]
@@ -234,3 +258,15 @@ def test_a_table_to_predict_needs_no_labels_and_not_every_column(tmp_path: Path)
 def test_a_table_of_squares_is_read_from_disk(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ROWS)
     assert len(read_rows(config(path), BINARY)) == 4
+
+
+def test_columns_that_nobody_asks_for_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, ".parquet")
+    seen = pa.array([1, 2, 3, 4], pa.timestamp("ns"))  # of which Python has no datetimes
+    pq.write_table(pq.read_table(path).add_column(0, "seen", seen), path)
+    assert read_rows(config(path), BINARY).targets == [1, 0, 0, 1]
+    with pytest.raises(UserError, match=r"table.parquet: row 1: Python cannot hold .* column 'seen'"):
+        read_rows(config(path, group="seen"), BINARY)
+    pq.write_table(pa.table([pa.array(["x"])] * 2, names=["a", "a"]), path)
+    with pytest.raises(UserError, match="column 'a' stands twice"):
+        read_columns(path)

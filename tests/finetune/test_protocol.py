@@ -19,23 +19,9 @@ from diptych.finetune.config import FinetuneConfig
 from diptych.finetune.predictor import Predictor
 
 from .labelled import COLUMNS, match_rows, write_config, write_csv, write_task
+from .runs import contents, finetune, permute_test_labels, stop_at, timeless
 
 HEADS = "{concat: {op: concat, interactions: true}, cross: {op: cross, width: 8, heads: 2}, late: {op: late}}"
-
-
-def finetune(folder: Path, *words: str) -> dict[str, Any]:
-    assert main(["finetune", str(folder / "finetune.yaml"), *words]) == 0
-    return json.loads((folder / "run" / "results.json").read_text())
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k != "seconds"}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
 @pytest.fixture
@@ -56,6 +42,9 @@ def test_a_run_scores_every_head_beside_chance_and_the_single_modalities(
     assert results["chance"] == results["majority"] == 0.5
     assert results["best"] in ("concat", "cross", "late")
     assert results["headline"] in printed.out
+    for said in (results["headline"], results["fusion_gain"]["text"]):  # of two groups
+        assert "too few groups (2) for a verdict" in said
+        assert not any(verdict in said for verdict in ("better than", "worse than", "not told from"))
     assert "diptych predict" in printed.out
     for name, head in results["heads"].items():
         assert head["metrics"]["accuracy"]["low"] <= head["metrics"]["accuracy"]["value"]
@@ -93,19 +82,8 @@ def test_a_stopped_run_goes_on_where_it_was(
     metrics = (folder / "run" / "metrics.jsonl").read_bytes()
     weights = contents(folder / "run")
     shutil.rmtree(folder / "run")
-    from diptych.finetune import protocol
-
-    original = protocol.fit
-
-    def stopped(config: Any, *args: Any, **options: Any) -> Any:
-        if config.op == "cross":
-            raise KeyboardInterrupt
-        return original(config, *args, **options)
-
-    monkeypatch.setattr(protocol, "fit", stopped)
-    assert main(["finetune", str(folder / "finetune.yaml")]) == 130
+    stop_at("cross", folder, monkeypatch)
     assert not (folder / "run" / "results.json").exists()
-    monkeypatch.setattr(protocol, "fit", original)
     capsys.readouterr()
     resumed = finetune(folder)
     assert capsys.readouterr().err.count("kept from before") == 3
@@ -118,16 +96,39 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert (folder / "run" / "heads" / "late" / "head.json").stat().st_mtime_ns == before
 
 
+def test_a_head_is_not_kept_for_modalities_in_another_order(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are laid out in the order of the config."""
+    order = "{text: {column: text}, image: {column: image}}"
+    first = finetune(folder, "heads=[concat]")
+    capsys.readouterr()
+    finetune(folder, "heads=[concat]", f"data.modalities={order}")
+    assert "kept from before" not in capsys.readouterr().err
+    again = finetune(folder, "heads=[concat]")
+    assert again["heads"]["concat"]["metrics"] == first["heads"]["concat"]["metrics"]
+
+
+def test_a_head_of_an_unfinished_run_is_not_read_with_an_earlier_runs_classes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(folder, "heads=[concat, late]")
+    words = ("heads=[concat, late]", "task.positive=0")
+    stop_at("late", folder, monkeypatch, *words)
+    ask = ["predict", str(folder / "run"), str(folder / "match.csv"), "-o", str(folder / "o.csv"), "--head"]
+    capsys.readouterr()
+    assert main([*ask, "concat"]) == 2
+    assert "head 'concat' was trained again by a run that did not finish" in capsys.readouterr().err
+    assert main([*ask, "late"]) == 0
+    finetune(folder, *words)
+    assert main([*ask, "concat"]) == 0
+
+
 def test_labels_of_the_test_change_no_weight(folder: Path) -> None:
     first = finetune(folder)
     weights, best = contents(folder / "run"), first["best"]
     shutil.rmtree(folder / "run")
-    rows = match_rows(folder)
-    test = [i for i, row in enumerate(rows) if row[5] == "test"]
-    shuffled = np.random.default_rng(0).permutation([rows[i][3] for i in test])
-    for i, target in zip(test, shuffled, strict=True):
-        rows[i][3] = int(target)
-    write_csv(folder / "match.csv", rows)
+    permute_test_labels(folder)
     second = finetune(folder)
     assert contents(folder / "run") == weights
     assert second["best"] == best
@@ -173,7 +174,7 @@ def test_encoders_that_are_trained_are_kept_with_the_head(folder: Path) -> None:
     assert not torch.equal(model.visual.conv1.weight, base.visual.conv1.weight)
     table = pq.read_table(folder / "run" / "predictions.parquet").to_pydict()
     write_csv(folder / "test.csv", [row for row in match_rows(folder) if row[5] == "test"])
-    p = Predictor.load(folder / "run").predict_proba(folder / "test.csv")
+    p = Predictor.load(folder / "run", head="tuned").predict_proba(folder / "test.csv")
     assert np.abs(p[:, 1] - np.array(table["tuned:1"])).max() < 1e-5
 
 
@@ -228,8 +229,14 @@ def test_broken_pictures_stop_the_run_or_are_listed(folder: Path, capsys: pytest
         (["heads.concat.adapt={lr: -1}"], "heads.concat.adapt.lr: input should be greater than 0, not -1"),
         (["heads=[late, late]"], "late stands twice"),
         (["heads.text={op: late}"], "'text' is the name of the baseline"),
+        (["heads={concat: {op: late}}"], "'concat' is the name of the baseline; call this late head"),
+        (["eval.cv={folds: 1}"], "eval.cv.folds: input should be greater than or equal to 2, not 1"),
+        (["eval.cv={fold: 3}"], "eval.cv.fold: unknown key; did you mean 'folds'?"),
         (["heads.cross.adapt={method: lp_ft}"], "cross reads frozen tokens"),
-        (["task={type: multiclass}", "heads={s: {op: similarity}}"], "similarity answers binary tasks alone"),
+        (
+            ["task={type: multiclass}", "heads={s: {op: similarity}}"],
+            "similarity is one number, which answers binary",
+        ),
         (["task={type: multiclass}", "eval.calibration=platt"], "platt is for binary tasks"),
         (["task.classes=[a, b]"], "classes belongs to multiclass"),
         (["data.modalities={text: {column: text}}"], "concat needs two modalities"),
@@ -251,3 +258,22 @@ def test_mistakes_in_a_config_end_with_one_sentence(
     error = capsys.readouterr().err.strip()
     assert said in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["task={type: regression}", "heads={v: {op: late, rule: vote}}"],
+            "heads.v.rule: vote is for tasks of",
+        ),
+        (["task={type: regression}", "heads={p: {op: late, rule: product}}"], "heads.p.rule: product is for"),
+        (["task.class_weight={yes: 2}"], "task.class_weight: 'yes' is no class of the task (0, 1)"),
+    ],
+)
+def test_what_the_task_does_not_allow_is_told_before_pictures_are_read(
+    words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "images" / "red0.png").write_bytes(b"no picture")
+    assert main(["finetune", str(folder / "finetune.yaml"), *words]) == 2
+    assert said in capsys.readouterr().err

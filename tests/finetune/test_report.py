@@ -11,6 +11,9 @@ import pytest
 from diptych.configs.errors import UserError
 from diptych.finetune.report import newest_runs, write_report
 from diptych.finetune.report_charts import Series, interval_bar, line_chart, nice_ticks, short_number
+from diptych.finetune.report_folds import fold_section, gain_tile
+from diptych.finetune.results import headline
+from diptych.finetune.scoring import fusion_gain
 
 from .report_runs import make_finetune, make_pretrain
 
@@ -83,6 +86,26 @@ def test_the_chosen_head_is_tinted_and_its_gain_stands_beside_its_interval(tmp_p
     assert len(tinted) == 1
     assert "12.0 to 14.0 against text" in page.text
     assert "No pretraining run given" in page.text
+
+
+@pytest.mark.parametrize(("groups", "judged"), [(9, False), (10, True)])
+def test_a_gain_from_few_groups_gets_no_verdict(groups: int, judged: bool, tmp_path: Path) -> None:
+    folder = make_finetune(tmp_path / "fine")
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"type": "multiclass", "classes": ["a", "b"], "n_test_groups": groups}
+    for head in results["heads"].values():
+        head.get("vs_best_single", {})["metric"] = "accuracy"
+    gain, said = fusion_gain(results), headline(results)
+    assert gain is not None
+    few, verdict = f"too few groups ({groups}) for a verdict", "better than the best single modality, text."
+    assert (few in gain["text"], "95 % interval +12.0 to +14.0" in gain["text"]) == (not judged, judged)
+    assert "+13.0 points of accuracy" in gain["text"]
+    assert (few in said, "(+12.0 to +14.0)" in said, verdict in said) == (not judged, judged, judged)
+    assert "that is +13.0 points" in said
+    (folder / "results.json").write_text(json.dumps(results | {"fusion_gain": gain}))
+    page = Page(write_report([folder]))
+    assert ("12.0 to 14.0" in page.text, few in page.text) == (judged, not judged)
+    assert any(tag == "span" and a.get("class") == "good" for tag, a in page.tags) == judged
 
 
 def test_several_runs_of_a_kind_stand_under_their_names(tmp_path: Path) -> None:
@@ -208,3 +231,20 @@ def test_ticks_are_round_and_cover_the_range() -> None:
         "0.0312",
         "2.5G",
     ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "gain", "score"), [("macro_map", "+3.1", "61.2"), ("qwk", "+0.031", "0.612")]
+)
+def test_gains_and_folds_are_in_points_for_all_metrics_that_are_told_in_percent(
+    metric: str, gain: str, score: str
+) -> None:
+    fusion = {"diff": 0.031, "low": 0.01, "high": 0.05, "metric": metric, "head": "late", "against": "text"}
+    tile = "".join(gain_tile({"fusion_gain": fusion}))
+    assert f"<b>{gain}</b>" in tile
+    assert ("points of" in tile) == (metric == "macro_map")
+    fold = {"metric": metric, "repeat": 0, "fold": 0, "scores": {"late": 0.612}, "gain": 0.031}
+    section = fold_section({"folds": [fold], "heads": {"late": {}}, "spread": {}})
+    assert f">{score}<" in section
+    assert f">{gain}<" in section
+    assert ("in percent" in section) == (metric == "macro_map")

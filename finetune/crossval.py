@@ -1,0 +1,223 @@
+"""Nested cross-validation: every head on every outer fold, scored on rows that its training never saw.
+
+1. In every fold all heads are trained on the fold's training rows; its inner rows stop and calibrate them.
+   The probabilities of the fold's test rows are kept with the head; their labels are not looked at.
+2. Inner scores, averaged over all folds and repeats, choose the recommended head and the best single
+   modality.
+3. The recommended head is trained once more on all rows with an inner split: the model that predictions use.
+4. The out-of-fold rows of all folds are scored together. Resamples draw groups over all folds, and a group
+   comes with all its rows of all repeats: repeats even out the luck of a shuffle, they are no new rows.
+5. A choice made once has seen every row's label in the inner split of some fold. So the score of choosing
+   anew in each fold, by its own inner rows alone, is told beside it: ``chosen_per_fold``.
+
+Scores are those of the procedure on unseen rows, not of the one model that is kept.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..configs.errors import UserError
+from ..configs.files import temporary_beside
+from .config import SINGLE
+from .heads import head_probabilities, history_of, kept_inner, train_head
+from .missing import missing_answers, missing_matrix
+from .saved import read_json
+from .scoring import choose, evaluate, rechosen, write_run
+from .session import Session
+from .tasks import Floats, Ints, higher_is_better
+
+__all__ = ["cross_validate"]
+
+Json = dict[str, Any]
+OUT_OF_FOLD = "out_of_fold.safetensors"
+
+
+def cross_validate(sessions: Sequence[Session], say: Callable[[str], None]) -> Json:
+    """Run the folds (all sessions but the last) and train the recommended head on all rows (the last).
+
+    Returns what results.json holds.
+    """
+    *folds, final = sessions
+    heads = final.config.all_heads()
+    final.journal.histories = [history_of(session, name) for session in folds for name in heads]
+    p: list[dict[str, Floats]] = []
+    for session in folds:
+        p.append({})
+        for name, head in heads.items():
+            if _useless(session, name):
+                shutil.rmtree(session.head_folder(name))
+            train_head(session, name, head, say)
+            p[-1][name] = _out_of_fold(session, name)
+    inner = {name: _mean([kept_inner(session, name) for session in folds]) for name in heads}
+    best, single = choose(final.task, inner)
+    final.journal.histories.append(history_of(final, best))
+    train_head(final, best, heads[best], say)
+    write_run(final, [best], best)
+    return _score(folds, final, p, inner, best, single)
+
+
+def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([one[key] for one in scores])) for key in scores[0]}
+
+
+def _kept(path: Path, what: str = "probabilities") -> tuple[str, Floats]:
+    """The key and the probabilities of a finished piece."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()["key"], file.get_tensor(what).numpy()
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); remove {path.parent} and fine-tune again"
+        ) from error
+
+
+def _useless(session: Session, name: str) -> bool:
+    """Whether a head's own encoders are gone and the test rows of its fold have changed since."""
+    folder = session.head_folder(name)
+    if not (folder / OUT_OF_FOLD).is_file() or not _tuned(folder):
+        return False
+    return _kept(folder / OUT_OF_FOLD)[0] != session.test_key
+
+
+def _tuned(folder: Path) -> bool:
+    """Whether a head has encoders of its own."""
+    return read_json(folder / "head.json")["adapt"]["method"] != "linear_probe"
+
+
+def _out_of_fold(session: Session, name: str) -> Floats:
+    """Probabilities of the fold's test rows, kept beside the head.
+
+    Encoders that were trained with the head are removed then: of every fold and seed they would fill a disk,
+    and predictions use those of the final model. What they say with modalities missing is kept before.
+    """
+    folder = session.head_folder(name)
+    path = folder / OUT_OF_FOLD
+    if path.is_file():
+        key, p = _kept(path)
+        if key == session.test_key:
+            return p
+    test = session.splits.test
+    if _tuned(folder):
+        missing = missing_answers(session, name, test)
+        # in the first scenario all is seen; a single modality has none
+        p = missing[0] if len(missing) else head_probabilities(session, name, test)
+        kept = {"missing": missing, "probabilities": p}
+    else:
+        p = head_probabilities(session, name, test)
+        kept = {"probabilities": p}
+    tensors = {what: torch.tensor(values) for what, values in kept.items()}
+    with temporary_beside(path) as temporary:
+        save_file(tensors, temporary, metadata={"key": session.test_key})
+    for encoder in folder.glob("encoder_seed_*"):
+        shutil.rmtree(encoder)
+    return p
+
+
+def _hidden(session: Session, name: str) -> Floats:
+    """Probabilities [S, n, C] of the fold's test rows with modalities missing."""
+    folder = session.head_folder(name)
+    if _tuned(folder):
+        return _kept(folder / OUT_OF_FOLD, "missing")[1]
+    return missing_answers(session, name, session.splits.test)
+
+
+def _score(
+    folds: Sequence[Session],
+    final: Session,
+    p: Sequence[Mapping[str, Floats]],
+    inner: Mapping[str, Mapping[str, float]],
+    best: str,
+    single: str,
+) -> Json:
+    """The one place where labels of out-of-fold rows are read."""
+    places = [(s.fold.repeat, s.fold.fold) for s in folds if s.fold is not None]
+    rows = np.concatenate([session.splits.test for session in folds])
+    repeat, fold = (
+        np.repeat([place[i] for place in places], [len(s.splits.test) for s in folds]) for i in (0, 1)
+    )
+    order = np.lexsort((rows, repeat))  # of every repeat the rows as they stand in the table
+    targets = [session.targets[session.splits.test] for session in folds]
+    together = {name: _joined(p, [name] * len(folds), order) for name in inner}
+    more = {"repeat": repeat[order], "fold": fold[order]}
+    rows, truth = rows[order], np.concatenate(targets)[order]
+    documents = _documents(folds, inner)
+    result = evaluate(final, rows, truth, together, documents, best=best, single=single, more=more)
+    if best not in SINGLE:
+        chosen = [choose(s.task, {name: kept_inner(s, name) for name in inner}) for s in folds]
+        heads, singles = ([pair[i] for pair in chosen] for i in (0, 1))
+        answers = (_joined(p, names, order) for names in (heads, singles))
+        result["chosen_per_fold"] = {"heads": heads} | rechosen(final, rows, truth, *answers)
+    parts = [_fold_row(s, t, one, best, single) for s, t, one in zip(folds, targets, p, strict=True)]
+    hidden = np.concatenate([_hidden(session, best) for session in folds], axis=1)[:, order]
+    result |= missing_matrix(final, best, rows, truth, hidden)
+    cv = final.config.eval.cv
+    assert cv is not None
+    return result | {
+        "n_train": round(float(np.mean([len(s.splits.train) for s in folds]))),
+        "n_inner": round(float(np.mean([len(s.splits.inner) for s in folds]))),
+        "cv": cv.model_dump(),
+        "folds": parts,
+        "spread": _spread(parts, list(inner)),
+        "final": {
+            "heads": [best],
+            "n_train": len(final.splits.train),
+            "n_inner": len(final.splits.inner),
+        },
+    }
+
+
+def _joined(p: Sequence[Mapping[str, Floats]], names: Sequence[str], order: Ints) -> Floats:
+    """Out-of-fold probabilities [n, C] of all folds, of each fold those of the named head."""
+    return np.concatenate([one[name] for one, name in zip(p, names, strict=True)])[order]
+
+
+def _documents(folds: Sequence[Session], inner: Mapping[str, Mapping[str, float]]) -> dict[str, Json]:
+    """head.json of every head, with inner scores averaged and seconds added over folds."""
+    documents: dict[str, Json] = {}
+    for name in inner:
+        found = [read_json(session.head_folder(name) / "head.json") for session in folds]
+        seconds = sum(one["seconds"] for one in found)
+        documents[name] = found[0] | {"inner": inner[name], "seconds": seconds}
+    return documents
+
+
+def _fold_row(session: Session, targets: Any, p: Mapping[str, Floats], best: str, single: str) -> Json:
+    """One line of the fold table: the first metric of every head on the fold's test rows alone."""
+    metric = session.task.metrics[0]
+    values = {name: session.task.value(metric, targets, one) for name, one in p.items()}
+    assert session.fold is not None
+    row: Json = {"repeat": session.fold.repeat, "fold": session.fold.fold, "metric": metric}
+    sizes = {f"n_{k}": len(getattr(session.splits, k)) for k in ("train", "inner", "test")}
+    groups = len({session.rows.groups[i] for i in session.splits.test})
+    row |= sizes | {"n_test_groups": groups}
+    row["scores"] = {name: value if value == value else None for name, value in values.items()}
+    gain = (values[best] - values[single]) * (1 if higher_is_better(metric) else -1)
+    row["gain"] = gain if gain == gain and best != single else None
+    return row
+
+
+def _spread(parts: Sequence[Json], heads: Sequence[str]) -> Json:
+    """Mean, standard deviation, least and greatest value over folds. Folds share training rows, so this is no
+    interval (Bengio and Grandvalet 2004)."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for part in parts:
+        for name in heads:
+            if part["scores"][name] is not None:
+                found[name].append(part["scores"][name])
+    return {
+        name: {
+            "mean": float(np.mean(values)),
+            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "min": min(values),
+            "max": max(values),
+        }
+        for name, values in found.items()
+    }

@@ -1,0 +1,248 @@
+"""A fine-tuned model, encoders and head and calibration, as one ``torch.export`` program."""
+
+import json
+import random
+import string
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import TextTransformer
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configs.errors import UserError
+from ..pretrain.model import LoadedModel, load_model
+from .export import NOTE, Say
+from .head import Head
+from .predictor import Predictor
+from .saved import SavedHead
+from .tokens import image_tokens, project_text
+
+__all__ = ["PROGRAM", "Fused", "inputs_of", "write_program"]
+
+PROGRAM = "model.pt2"
+BATCHES = (1, 5)
+"""Batch sizes at which a program is compared with the predictor."""
+
+
+class Encoders(nn.Module):
+    """Both towers on padded batches, giving what a head reads (see ``features``)."""
+
+    def __init__(self, model: LoadedModel, head: Head) -> None:
+        super().__init__()
+        self.clip = model.clip
+        self.model = [model]  # no submodule: the towers are one already
+        self.tokens = head.reads_tokens
+        self.modalities = head.modalities
+        self.pad_id = None if model.tokenizer.name is None else int(model.tokenizer.pad_id)
+
+    def image(self, pixels: Tensor) -> dict[str, Tensor]:
+        """``image``, or ``image_tokens`` of pixels float32 [b, 3, S, S]."""
+        model = self.model[0]
+        if self.tokens:
+            return {"image_tokens": image_tokens(model, pixels)}
+        return {"image": F.normalize(_first(model.clip.visual(model.model.pixels(pixels))), dim=-1)}
+
+    def text(self, ids: Tensor) -> dict[str, Tensor]:
+        """``text``, or ``text_tokens`` and ``text_mask``, of ids int64 [b, L]."""
+        text: Any = self.clip.text
+        if not self.tokens:
+            return {"text": F.normalize(_first(text(ids)), dim=-1)}
+        if isinstance(text, TextTransformer):
+            out = text.forward_intermediates(
+                ids, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+            )
+            tokens = cast(Any, out["text_intermediates"])[-1]
+        else:
+            assert isinstance(text, HFTextEncoder)
+            mask = (ids != cast(Any, text.config).pad_token_id).long()
+            tokens = text.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        return {"text_tokens": project_text(text, tokens), "text_mask": self._real(ids)}
+
+    def _real(self, ids: Tensor) -> Tensor:
+        """True for tokens of the text, bool [b, L]: of CLIP's own tokenizer up to the highest id, which ends
+        a text; else up to the last one that is no padding."""
+        position = torch.arange(ids.shape[1], device=ids.device)
+        if self.pad_id is None:
+            return position <= ids.argmax(dim=1, keepdim=True)
+        return position <= (position * (ids != self.pad_id)).amax(dim=1, keepdim=True)
+
+    def features(self, image: Tensor | None, ids: Tensor | None, present: dict[str, Tensor]) -> Any:
+        """Features as heads take them, zeros where a modality is missing."""
+        found: dict[str, Tensor] = {}
+        if image is not None and "image" in self.modalities:
+            found |= self.image(image)
+        if ids is not None and "text" in self.modalities:
+            found |= self.text(ids)
+        for name, value in found.items():
+            there = present[name.partition("_")[0]].view(-1, *[1] * (value.ndim - 1))
+            found[name] = torch.where(there, value, torch.zeros_like(value))
+            if name.endswith("_tokens"):  # the predictor keeps them so
+                found[name] = found[name].half()
+        return found
+
+
+class Fused(nn.Module):
+    """Pixels and token ids to probabilities: the mean over seeds of calibrated answers, as ``Predictor``
+    gives them."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.task, self.members = predictor.task, [_Calibrated(saved) for saved in predictor.saved]
+        self.heads = nn.ModuleList([saved.head for saved in predictor.saved])
+        places = list(dict.fromkeys(predictor.encoders))
+        self.of_seed = [places.index(place) for place in predictor.encoders]
+        self.models = [load_model(place) for place in places]
+        head = predictor.saved[0].head
+        self.encoders = nn.ModuleList([Encoders(model, head) for model in self.models])
+        self.requires_grad_(False)
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        image_present: Tensor | None = None,
+        text_present: Tensor | None = None,
+    ) -> Tensor:
+        """float32 [b, C]: probabilities, for regression the answers [b, 1].
+
+        image: float32 [b, 3, S, S], normalised; token_ids: int64 [b, L], padded; image_present, text_present:
+        bool [b]. What stands in a missing slot changes nothing.
+        """
+        given = {"image": image_present, "text": text_present}
+        present = {k: v for k, v in given.items() if v is not None}
+        features = [cast(Encoders, e).features(image, token_ids, present) for e in self.encoders]
+        answers: list[Tensor] = []
+        for head, member, place in zip(self.heads, self.members, self.of_seed, strict=True):
+            logits = head(features[place], present)
+            answers.append(self.task.answers(member.scale * logits.double() + member.shift))
+        return torch.stack(answers).mean(0).float()
+
+
+class _Calibrated:
+    def __init__(self, saved: SavedHead) -> None:
+        self.scale, self.shift = saved.scale, saved.shift
+
+
+def _first(features: Any) -> Tensor:
+    return features[0] if isinstance(features, tuple) else features
+
+
+@contextmanager
+def _plain_attention() -> Generator[None]:
+    """torch's fused multi-head attention for inference is an operator of its own, which others cannot run."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def trace(fused: Fused, predictor: Predictor) -> Any:
+    """The exported program, for any batch size. UserError for towers that torch.export cannot trace."""
+    inputs = inputs_of(predictor, fused.models[0], *_random_rows(predictor, fused.models[0], 2))
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad(), _plain_attention():
+            return torch.export.export(
+                fused.eval(), (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}, strict=False
+            )
+    except Exception as error:  # torch.export has a zoo of them
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{predictor.run}: torch.export cannot trace this model: {reason}") from error
+
+
+def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
+    """Write ``model.pt2`` and what its inputs and outputs are; returns by how much the loaded program differs
+    from the predictor, of regression in standard deviations of the training targets."""
+    if any(one.head.reads_inputs for one in predictor.saved):
+        raise UserError(
+            f"{predictor.run}: head '{predictor.head}' reads patch and word embeddings, which a program "
+            "cannot make; give another head with --head"
+        )
+    say(f"tracing head {predictor.head} with {len(predictor.saved)} seeds")
+    fused = Fused(predictor)
+    program = trace(fused, predictor)
+    torch.export.save(program, folder / PROGRAM)
+    (folder / NOTE).write_text(json.dumps(_document(predictor, fused.models[0])), encoding="utf-8")
+    say("comparing with the predictor")
+    loaded = torch.export.load(folder / PROGRAM).module()
+    found = max(_difference(predictor, fused.models[0], loaded, n) for n in BATCHES)
+    return {"answers" if predictor.task.type == "regression" else "probabilities": found}
+
+
+def _document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
+    """What export.json says of inputs and outputs."""
+    side, length = model.image_size, model.tokenizer.context_length
+    shapes = {
+        "image": {"image": f"float32 [b, 3, {side}, {side}]", "image_present": "bool [b]"},
+        "text": {"token_ids": f"int64 [b, {length}]", "text_present": "bool [b]"},
+    }
+    return {
+        "head": predictor.head,
+        "seeds": len(predictor.saved),
+        "task": predictor.task.type,
+        "classes": predictor.classes,
+        "inputs": {name: shape for k in predictor.modalities for name, shape in shapes[k].items()},
+        "output": f"float32 [b, {max(1, len(predictor.classes))}]",
+        "preprocess": model.config["preprocess_cfg"],
+        "tokenizer": model.tokenizer.name or "CLIP",
+        "pad_id": model.tokenizer.pad_id,
+    }
+
+
+def inputs_of(
+    predictor: Predictor, model: LoadedModel, images: list[Tensor | None], texts: list[str | None]
+) -> dict[str, Tensor]:
+    """A program's inputs from uint8 [3, S, S] pixels and texts; None where a modality is missing."""
+    inputs: dict[str, Tensor] = {}
+    if "image" in predictor.modalities:
+        blank = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
+        inputs["image"] = model.model.pixels(torch.stack([blank if x is None else x for x in images]))
+        inputs["image_present"] = torch.tensor([x is not None for x in images])
+    if "text" in predictor.modalities:
+        ids, lengths = model.tokenizer.pack([x or "" for x in texts])
+        padded = torch.full((len(texts), model.tokenizer.context_length), model.tokenizer.pad_id)
+        for row, part in zip(padded, ids.split(lengths.tolist()), strict=True):
+            row[: len(part)] = part
+        inputs["token_ids"] = padded
+        inputs["text_present"] = torch.tensor([x is not None for x in texts])
+    return inputs
+
+
+def _random_rows(
+    predictor: Predictor, model: LoadedModel, n: int
+) -> tuple[list[Tensor | None], list[str | None]]:
+    """Random pictures and texts: the first row has both, then one or the other is missing in turn."""
+    draw = random.Random(n)
+    noise = torch.Generator().manual_seed(n)
+    size = (3, model.image_size, model.image_size)
+    images: list[Tensor | None] = []
+    texts: list[str | None] = []
+    both = len(predictor.modalities) > 1
+    for i in range(n):
+        pixels = torch.randint(0, 256, size, generator=noise, dtype=torch.uint8)
+        words = ["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(draw.randint(1, 5))]
+        images.append(None if both and i % 3 == 1 else pixels)
+        texts.append(None if both and i % 3 == 2 else " ".join(words))
+    return images, texts
+
+
+def _difference(predictor: Predictor, model: LoadedModel, program: nn.Module, n: int) -> float:
+    """Largest absolute difference of n rows' answers."""
+    images, texts = _random_rows(predictor, model, n)
+    pictures = [None if x is None else Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+    cells: dict[str, list[Any]] = {"image": cast(Any, pictures), "text": cast(Any, texts)}
+    table = {column: cells[k] for k, column in predictor.modalities.items()}
+    with torch.inference_mode():
+        got = program(**inputs_of(predictor, model, images, texts)).double().numpy()
+    if predictor.task.type == "regression":
+        return float(np.abs(got[:, 0] - predictor.predict(table)).max() / predictor.saved[0].scale)
+    return float(np.abs(got - predictor.predict_proba(table)).max())

@@ -1,0 +1,205 @@
+"""What a fine-tuning run works with: the table's rows, their parts, targets and frozen features."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configs.errors import UserError
+from ..configs.files import atomic_write_text
+from ..configs.load import to_yaml
+from ..pretrain.model import LoadedModel, load_model
+from .adapt import Part
+from .checks import check_inner, prepare, without
+from .config import FinetuneConfig, LabelledDataConfig
+from .encoders import check_methods
+from .features import FeatureRows, Progress, encoder_fingerprint, extract
+from .folds import Fold, inner_split, make_folds, strata_of
+from .fusion import check_heads
+from .journal import Journal
+from .manifest import Rows, Splits, read_rows, split_rows
+from .saved import device_of, save_encoder
+from .targets import Targets, encode_targets
+from .tasks import Ints, Task
+
+__all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder"]
+
+VERSION = 2  # of what training does; part of every head's key
+QUARANTINE_SHARE = 0.001
+
+
+@dataclass
+class Session:
+    """What a run, or one fold of it, works with. ``targets`` are those of all rows; those of test rows
+    are read when they are scored and not before."""
+
+    config: FinetuneConfig
+    folder: Path
+    rows: Rows
+    splits: Splits
+    targets: Targets
+    task: Task
+    model: LoadedModel
+    fingerprint: str
+    features: FeatureRows
+    progress: Progress
+    journal: Journal
+    place: Path
+    """Where ``heads/`` stands: the run's folder, or a fold's."""
+    fold: Fold | None = None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Embedding width per modality, in the config's order."""
+        return {k: int(self.features.tables[k].shape[1]) for k in self.rows.modalities}
+
+    @property
+    def token_widths(self) -> dict[str, int] | None:
+        """Token width per modality, where tokens were asked for."""
+        found = {k: self.features.tables.get(f"{k}_tokens") for k in self.rows.modalities}
+        return {k: int(t.shape[2]) for k, t in found.items() if t is not None} or None
+
+    @cached_property
+    def data_key(self) -> str:
+        """Hash of what heads see of the data: features and labels of training and inner rows, none of the
+        test's."""
+        parts = [VERSION, self.fingerprint, self.rows.modalities, *asdict(self.task).values()]
+        digest = hashlib.sha256(json.dumps(parts).encode())
+        digest.update(json.dumps(self.rows.take(self.splits.train).weights).encode())
+        for rows in (self.splits.train, self.splits.inner):
+            digest.update(self.targets[rows].tobytes())
+            digest.update(json.dumps([self.rows.groups[i] for i in rows]).encode())
+            self._digest_features(digest, rows)
+        return digest.hexdigest()
+
+    @cached_property
+    def test_key(self) -> str:
+        """Hash of the ids and features of the test rows."""
+        ids = [self.rows.ids[i] for i in self.splits.test]
+        digest = hashlib.sha256(json.dumps([self.rows.modalities, ids]).encode())
+        self._digest_features(digest, self.splits.test)
+        return digest.hexdigest()
+
+    def _digest_features(self, digest: Any, rows: Ints) -> None:
+        for k, index in self.features.index.items():
+            items = index[torch.from_numpy(rows)].cpu()
+            digest.update((items >= 0).numpy().tobytes())
+            digest.update(self.features.tables[k].cpu()[items[items >= 0]].numpy().tobytes())
+
+    def head_folder(self, name: str) -> Path:
+        """Where a head of this run or fold is kept."""
+        return self.place / "heads" / name
+
+    def part(self, rows: Ints) -> Part:
+        """Rows with their targets and weights."""
+        weights = torch.tensor([self.rows.weights[i] for i in rows]) if self.rows.weights else None
+        return Part(self.features.take(rows), torch.from_numpy(self.targets[rows]), weights)
+
+
+def run_folder(config: FinetuneConfig) -> Path:
+    """``out``, or ``runs/NAME``."""
+    return Path(config.out) if config.out is not None else Path("runs") / config.name
+
+
+def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str], None]) -> list[Session]:
+    """Read, check and encode the table of a config; make the run folder and put config and encoders there.
+
+    The sessions are those of ``plan``, over the same rows and features: of fixed splits one, of a
+    cross-validation one per fold and last that of all rows.
+    """
+    task_metric = Task(config.task.type, ("0", "1")).check_metric(config.early_stopping.metric)
+    rows = read_rows(data_config(config), config.task)
+    parts = plan(config, rows)
+    prepared = [prepare(config, rows, part) for part in parts]
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_model(config.model.checkpoint, device=device_of(config.device))
+    task = prepared[0][1]
+    check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
+    check_methods(config, model, task.classes)
+    fingerprint = encoder_fingerprint(model)
+    say(f"{_sizes(config, rows, parts[-1][1])}; stopping by {task_metric}")
+    features, broken = extract(
+        model,
+        rows,
+        tokens=any(head.reads_tokens for head in config.heads.values()),
+        inputs=any(head.reads_inputs for head in config.heads.values()),
+        fingerprint=fingerprint if config.model.cache else None,
+        batch_size=config.model.batch_size,
+        max_pixels=config.data.max_pixels,
+        progress=progress,
+    )
+    if broken:
+        _quarantine(config, folder, rows, broken)
+        parts = [(fold, without(splits, list(broken))) for fold, splits in parts]
+        for part, (targets, task) in zip(parts, prepared, strict=True):
+            check_inner(config, rows, part, targets, task)
+    features = features.to(model.device)
+    places = [folder / fold.name if fold else folder for fold, _ in parts]
+    journal = Journal(folder, config)
+    sessions = [
+        Session(
+            config, folder, rows, splits, targets, task, model, fingerprint, features, progress, journal,
+            place, fold,
+        )
+        for place, (fold, splits), (targets, task) in zip(places, parts, prepared, strict=True)
+    ]  # fmt: skip
+    save_encoder(model, folder / "encoder", fingerprint)
+    atomic_write_text(folder / "config.yaml", to_yaml(config))
+    return sessions
+
+
+def data_config(config: FinetuneConfig) -> LabelledDataConfig:
+    """How the table is read: a cross-validation makes no use of a split column."""
+    return config.data if config.eval.cv is None else config.data.model_copy(update={"split": None})
+
+
+def plan(config: FinetuneConfig, rows: Rows) -> list[tuple[Fold | None, Splits]]:
+    """What is trained on what: the fixed splits, or every outer fold and last, without a test, all rows.
+
+    Labels are read for stratification alone.
+    """
+    share, cv = config.eval.inner_share, config.eval.cv
+    if cv is None:
+        return [(None, split_rows(rows, config.data, inner_share=share))]
+    everything = np.arange(len(rows))
+    whole = Splits(everything, everything[:0], everything[:0])
+    strata = strata_of(encode_targets(rows, config.task, whole, min_rows=0)[0]) if cv.stratify else None
+    folds = make_folds(rows, strata, cv, inner_share=share)
+    train, inner = inner_split(rows, everything, strata, share=share, seed=cv.seed)
+    return [*((fold, fold.splits) for fold in folds), (None, replace(whole, train=train, inner=inner))]
+
+
+def _sizes(config: FinetuneConfig, rows: Rows, splits: Splits) -> str:
+    cv = config.eval.cv
+    if cv is not None:
+        heads, seeds = len(config.all_heads()), len(config.eval.seeds)
+        trained = (heads * cv.folds * cv.repeats + 1) * seeds
+        times = f", {cv.repeats} times" if cv.repeats > 1 else ""
+        return f"{len(rows):,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
+    return f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
+
+
+def _quarantine(config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, str]) -> None:
+    """List broken rows in quarantine.csv, or say which one to mend."""
+    first = min(broken)
+    what = f"{rows.source}: row {first + 1}: image {rows.images[first]} cannot be read: {broken[first]}"
+    if config.data.on_error == "raise":
+        more = f" ({len(broken)} such rows)" if len(broken) > 1 else ""
+        raise UserError(f"{what}{more}; mend it, empty the cell, or set data.on_error=quarantine")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["row", "id", "image", "reason"])
+    writer.writerows([i + 1, rows.ids[i], str(rows.images[i]), broken[i]] for i in sorted(broken))
+    atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
+    if len(broken) > max(1, QUARANTINE_SHARE * len(rows)):
+        listed = folder / "quarantine.csv"
+        raise UserError(f"{what}; {len(broken)} of {len(rows)} rows are too many, {listed} lists them")

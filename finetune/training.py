@@ -1,0 +1,235 @@
+"""The training loop of heads, and of whatever is trained with them.
+
+The order of the rows comes from the seed alone. Early stopping looks at the inner rows; test rows are not
+known here. Every trainable tensor must get a gradient in the first step: layers that are silently never
+trained are a known defect of fusion code.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pretrain.optim import clip_gradients, set_lr
+from ..pretrain.schedule import ScheduleConfig, lr_at
+from .config import AdaptConfig, StoppingConfig
+from .fusion import Head
+from .live import LiveRows, Part, Source
+from .tasks import Floats, Task, higher_is_better
+
+__all__ = [
+    "EVAL_BATCH",
+    "LIVE_EVAL_BATCH",
+    "Log",
+    "Training",
+    "eval_batch",
+    "inner_score",
+    "inner_scores",
+    "logits_of",
+]
+
+EVAL_BATCH = 4096
+LIVE_EVAL_BATCH = 256
+WHOLE_ROWS = 8  # of a batch, so that modality dropout leaves some
+Log = Callable[[dict[str, Any]], None]
+
+
+@torch.no_grad()
+def logits_of(head: Head, rows: Source, *, batch_size: int = EVAL_BATCH) -> Tensor:
+    """Logits float32 [n, C], on the CPU, in eval mode."""
+    head.eval()
+    parts = [
+        head(*rows.batch(chunk, tokens=head.reads_tokens)).float().cpu()
+        for chunk in torch.arange(len(rows)).split(batch_size)
+    ]
+    return torch.cat(parts)
+
+
+class Training:
+    """One head's training: counts epochs over all phases and remembers the best weights."""
+
+    def __init__(
+        self, head: Head, task: Task, adapt: AdaptConfig, stopping: StoppingConfig, seed: int, log: Log
+    ) -> None:
+        self.head, self.task, self.adapt, self.stopping, self.log = head, task, adapt, stopping, log
+        self.modules: list[nn.Module] = [head]
+        self.metric = task.check_metric(stopping.metric)
+        self.seed, self.order = seed, torch.Generator().manual_seed(seed)
+        self.note: dict[str, Any] = {}  # stands in every row of the log
+        self.epoch, self.samples_seen, self.best_epoch = 0, 0, -1
+        self.best_score, self.best_loss = float("-inf"), float("inf")
+        self.best: list[dict[str, Tensor]] = []
+        self._checked = False
+
+    def epochs(
+        self,
+        train: Part,
+        inner: Part,
+        groups: list[dict[str, Any]],
+        lr: float,
+        epochs: int,
+        batch_size: int,
+    ) -> None:
+        """Train until the inner rows show no improvement for ``patience`` epochs, or ``epochs`` are over.
+
+        A phase that does not beat the one before it changes nothing in the end.
+        """
+        self.restore()
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+        total = epochs * len(train.rows)
+        warmup = round(self.adapt.warmup_fraction * total)
+        schedule = ScheduleConfig(warmup_samples=warmup)
+        seen = waited = 0
+        self._checked = False
+        if self.best:
+            self.best_loss = float("-inf")  # what an earlier phase made is beaten by its score alone
+        for _ in range(epochs):
+            losses: list[float] = []
+            self.head.train()
+            for rows in self._order(train, batch_size):
+                rate = lr_at(schedule, lr, samples_seen=seen, total_samples=total, batch=len(rows))
+                set_lr(optimizer, rate)
+                losses.append(self._step(train, rows, optimizer))
+                seen += len(rows)
+                self.samples_seen += len(rows)
+            waited = 0 if self._judge(inner, sum(losses) / len(losses), optimizer) else waited + 1
+            if waited >= self.stopping.patience:
+                break
+
+    def _order(self, train: Part, batch_size: int) -> Iterator[Tensor]:
+        """Rows in a new order, or drawn with replacement so that classes come up equally often; a last batch
+        of one row joins the one before it."""
+        if self.adapt.sampling == "balanced":
+            classes = train.targets.cpu()
+            chance = 1 / torch.bincount(classes)[classes].double()
+            order = torch.multinomial(chance, len(chance), replacement=True, generator=self.order)
+        else:
+            order = torch.randperm(len(train.rows), generator=self.order)
+        chunks = list(order.split(batch_size))
+        if len(chunks) > 1 and len(chunks[-1]) == 1:
+            chunks[-2:] = [torch.cat(chunks[-2:])]
+        return iter(chunks)
+
+    def _step(self, train: Part, rows: Tensor, optimizer: torch.optim.Optimizer) -> float:
+        features, present = train.rows.batch(rows, tokens=self.head.reads_tokens)
+        targets = train.targets[rows].to(next(iter(present.values())).device)
+        weights = None if train.weights is None else train.weights[rows].to(targets.device)
+        loss = self.loss(features, present, targets, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        if not self._checked:
+            self._assert_gradients(present)
+        clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.adapt.clip_grad_norm)
+        optimizer.step()
+        return float(loss.detach())
+
+    def loss(
+        self,
+        features: dict[str, Tensor],
+        present: dict[str, Tensor],
+        targets: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of a batch: the sum over the head's parts, each over the rows that count for it."""
+        present = self._drop(present)
+        losses = [
+            self.task.loss(
+                logits[counts],
+                targets[counts],
+                self.adapt.label_smoothing,
+                None if weights is None else weights[counts],
+            )
+            for logits, counts in self.head.parts(features, present)
+            if bool(counts.any())
+        ]
+        return torch.stack(losses).sum()
+
+    def _drop(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Modality dropout: of rows that have several modalities, one is taken away at random."""
+        mask = torch.stack(list(present.values()), dim=1)
+        if mask.shape[1] < 2 or self.adapt.modality_dropout == 0:
+            return present
+        chosen = torch.rand(len(mask)) < self.adapt.modality_dropout
+        which = torch.randint(mask.shape[1], (len(mask),))
+        hit = torch.nn.functional.one_hot(which, mask.shape[1]).bool() & chosen[:, None]
+        mask = mask & ~(hit.to(mask.device) & mask.all(1)[:, None])
+        return dict(zip(present, mask.unbind(1), strict=True))
+
+    def _assert_gradients(self, present: dict[str, Tensor]) -> None:
+        """In the first batch with several whole rows: one without pictures trains nothing that reads them."""
+        whole = torch.stack([present[k] for k in self.head.modalities], dim=1).all(1)
+        if int(whole.sum()) < min(WHOLE_ROWS, len(whole)):
+            return
+        self._checked = True
+        for module in self.modules:
+            for name, parameter in module.named_parameters():
+                assert not parameter.requires_grad or parameter.grad is not None, (
+                    f"{type(module).__name__}.{name} gets no gradient: it would never be trained"
+                )
+
+    def _judge(self, inner: Part, loss: float, optimizer: torch.optim.Optimizer) -> bool:
+        """Score the inner rows, log, and keep the weights if they are the best so far."""
+        score, scores = self.score(inner)
+        better = score > self.best_score + (self.stopping.min_delta if self.best else 0.0)
+        # while one class alone is predicted, an accuracy or a kappa stands still and only the loss tells
+        better |= score == self.best_score and scores["loss"] < self.best_loss
+        row = {"epoch": self.epoch, "samples_seen": self.samples_seen, "loss": loss}
+        row |= (
+            {"lr": optimizer.param_groups[0]["lr"]} | self.note | {f"inner_{k}": v for k, v in scores.items()}
+        )
+        self.log(row)
+        if better or not self.best:
+            self.best_score, self.best_loss, self.best_epoch = score, scores["loss"], self.epoch
+            self.best = [copy.deepcopy(m.state_dict()) for m in self.modules]
+        self.epoch += 1
+        return better
+
+    def score(self, inner: Part) -> tuple[float, dict[str, float]]:
+        """As ``inner_score``, by the metric of early stopping."""
+        return inner_score(self.task, self.metric, self.head, inner)
+
+    def also(self, module: nn.Module) -> None:
+        """Another module is trained from now on; until then it belongs to the best weights as it is."""
+        self.restore()
+        self.modules.append(module)
+        if self.best:
+            self.best.append(copy.deepcopy(module.state_dict()))
+
+    def count_on(self, earlier: "Training") -> None:
+        """Number epochs and samples behind those of an earlier training."""
+        self.epoch, self.samples_seen, self.best_epoch = (
+            earlier.epoch,
+            earlier.samples_seen,
+            earlier.best_epoch,
+        )
+
+    def begin_with_best(self, inner: Part) -> None:
+        """Take the weights as they are for the best so far."""
+        self.best_score = self.score(inner)[0]
+        self.best = [copy.deepcopy(m.state_dict()) for m in self.modules]
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        for module, state in zip(self.modules, self.best, strict=False):
+            module.load_state_dict(state)
+
+
+def eval_batch(rows: Source) -> int:
+    """Rows scored at once: fewer where encoders work for them."""
+    return LIVE_EVAL_BATCH if isinstance(rows, LiveRows) else EVAL_BATCH
+
+
+def inner_score(task: Task, metric: str, head: Head, inner: Part) -> tuple[float, dict[str, float]]:
+    """How good a head is on the inner rows by a metric, more being better, and all its scores there."""
+    p = task.probabilities(logits_of(head, inner.rows, batch_size=eval_batch(inner.rows)))
+    scores = inner_scores(task, inner.targets, p)
+    return (scores[metric] if higher_is_better(metric) else -scores[metric]), scores
+
+
+def inner_scores(task: Task, targets: Tensor, p: Floats) -> dict[str, float]:
+    """Loss and all metrics of inner rows; an undefined metric counts as 0."""
+    numbers = targets.cpu().numpy()
+    values = {name: task.value(name, numbers, p) for name in task.metrics}
+    return {"loss": task.log_loss(numbers, p)} | {k: v if v == v else 0.0 for k, v in values.items()}

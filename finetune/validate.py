@@ -1,0 +1,334 @@
+"""What is wrong with a labelled table before anything is trained: ``diptych finetune CONFIG --validate``.
+
+Findings that make scores dishonest, or that would stop the run, fail; the others are notes. Pictures are
+compared by the sha256 of their bytes and texts by their words: two encodings of one picture pass for two.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..configs.errors import UserError
+from ..configs.files import resolve_data_path
+from ..data.canonical import canonical_caption
+from ..pretrain.model import load_model
+from .cells import BrokenPicture, PictureFolder, PictureReader
+from .checks import Planned, faults
+from .config import FinetuneConfig
+from .features import Progress, silent
+from .folds import strata_of
+from .manifest import Rows, Splits, parse_rows, read_columns
+from .session import QUARANTINE_SHARE, data_config, plan
+from .targets import encode_targets
+from .tasks import Ints
+
+__all__ = ["Finding", "same_words", "validate"]
+
+Json = dict[str, Any]
+EXAMPLES = 5
+TEXT_BATCH = 1024
+MISSING_GAP = 0.1  # shares of a missing modality that differ by more than this are worth a note
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found: ``fails`` if scores would not be honest or the run would stop; ``examples``
+    are ids of rows."""
+
+    kind: str
+    fails: bool
+    text: str
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are scored, ``test``, and all rows that are known by then, ``known``."""
+
+    name: str
+    test: Ints
+    known: Ints
+
+
+def validate(config: FinetuneConfig, *, progress: Progress = silent) -> Json:
+    """Look a config's table over.
+
+    Returns plain values for JSON: ``rows``, ``groups``, ``parts`` (splits or folds with label counts and
+    shares of missing modalities), ``leakage``, ``truncated``, ``findings``, and whether it is ``clean``, that
+    is, none of these fails.
+    Raises UserError for a table that cannot be read at all.
+    """
+    findings: list[Finding] = []
+    rows = _read(config, findings)
+    whole = Splits(np.arange(len(rows)), np.arange(0), np.arange(0))
+    targets, classes = encode_targets(rows, config.task, whole, min_rows=0)
+    histogram = _histogram(targets, classes)
+    planned = _plan(config, rows, findings)
+    parts = _named(config, planned)
+    shown = _shown(config, parts, len(rows))
+    _small_classes(config, rows, parts, targets, classes, findings)
+    contents = {"group": list[Hashable](rows.groups)}
+    if "image" in rows.modalities:
+        contents["image"] = _pictures(config, rows, findings, progress)
+    _faults(config, rows, planned, contents.get("image", []), findings)
+    if "text" in rows.modalities:
+        contents["text"] = [None if text is None else same_words(text) for text in rows.texts]
+    leakage = _leakage(config, rows, _tests(config, parts), contents, targets, findings)
+    report: Json = {
+        "table": rows.source,
+        "rows": len(rows),
+        "groups": len(set(rows.groups)),
+        "parts": [_part(rows, name, chosen, histogram) for name, chosen in shown],
+        "leakage": leakage,
+    }
+    _missing(report["parts"], findings)
+    if "text" in rows.modalities:
+        report["truncated"] = _truncated(config, rows, findings)
+    findings.sort(key=lambda finding: not finding.fails)
+    clean = not any(finding.fails for finding in findings)
+    return report | {"findings": [asdict(finding) for finding in findings], "clean": clean}
+
+
+def same_words(text: str) -> str:
+    """What two texts that differ in case, space or punctuation alone have in common."""
+    canonical = canonical_caption(text)
+    return re.sub(r"[\W_]+", " ", canonical).strip() or canonical
+
+
+def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
+    """The rows, also of a table with repeated ids or groups in several splits, which a run refuses."""
+    path = resolve_data_path(config.data.manifest)
+    columns = read_columns(path)
+    data = data_config(config).model_copy(update={"group_across_splits": "allow"})
+    ids = [str(cell) for cell in columns.get(data.id, [])] if data.id else []
+    if repeated := [name for name, count in Counter(ids).items() if count > 1]:
+        data = data.model_copy(update={"id": None})
+        text = f"{len(repeated)} ids of column '{config.data.id}' stand on several rows; make them unique"
+        findings.append(Finding("duplicate_id", True, text, tuple(repeated[:EXAMPLES])))
+    folder = PictureFolder(path.parent, resolve_data_path(data.root) if data.root else None)
+    rows = parse_rows(columns, data, folder, source=str(path), target=config.task.target)
+    return replace(rows, ids=ids) if repeated else rows
+
+
+Plan = list[tuple[str, Splits]]
+
+
+def _plan(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> list[Planned]:
+    """The parts of the run; none if they cannot be made."""
+    try:
+        return plan(config, rows)
+    except UserError as error:
+        findings.append(Finding("folds", True, str(error)))
+        return []
+
+
+def _named(config: FinetuneConfig, planned: Sequence[Planned]) -> Plan:
+    """The parts that are tested, with their names."""
+    if config.eval.cv is None:
+        return [("", splits) for _, splits in planned]
+    return [(f"repeat {f.repeat}, fold {f.fold}", splits) for f, splits in planned if f is not None]
+
+
+def _faults(
+    config: FinetuneConfig,
+    rows: Rows,
+    planned: Sequence[Planned],
+    pictures: Sequence[Hashable],
+    findings: list[Finding],
+) -> None:
+    """What the run would refuse; a small class, which is told already, is not told twice."""
+    small = any(finding.kind == "small_class" and finding.fails for finding in findings)
+    broken = [i for i, found in enumerate(pictures) if found is None and rows.images[i] is not None]
+    for kind, text in faults(config, rows, planned, broken).items():
+        if not (small and kind == "targets"):
+            findings.append(Finding(kind, True, text))
+
+
+def _shown(config: FinetuneConfig, parts: Plan, n: int) -> list[tuple[str, Ints]]:
+    """The parts whose rows are counted: train, inner and test, or the folds."""
+    if not parts:
+        return [("all rows", np.arange(n))]
+    if config.eval.cv is not None:
+        return [(name, splits.test) for name, splits in parts]
+    return [(name, getattr(parts[0][1], name)) for name in ("train", "inner", "test")]
+
+
+def _tests(config: FinetuneConfig, parts: Plan) -> list[Part]:
+    tests = [Part(name or "test", s.test, np.concatenate([s.train, s.inner])) for name, s in parts]
+    if config.eval.cv is None and parts:
+        tests.append(Part("inner", parts[0][1].inner, parts[0][1].train))
+    return tests
+
+
+def _histogram(targets: Any, classes: Sequence[str]) -> Callable[[Ints], Json]:
+    """How the labels of some rows are counted: per class, or for numbers their range."""
+    if strata_of(targets) is not None:
+        return lambda rows: dict(
+            zip(classes, np.bincount(targets[rows], minlength=len(classes)).tolist(), strict=True)
+        )
+    if targets.ndim == 2:
+        return lambda rows: dict(zip(classes, (targets[rows] > 0.5).sum(axis=0).tolist(), strict=True))
+
+    def numbers(rows: Ints) -> Json:
+        some = targets[rows]
+        return {"min": float(some.min()), "mean": float(some.mean()), "max": float(some.max())}
+
+    return numbers
+
+
+def _part(rows: Rows, name: str, chosen: Ints, histogram: Callable[[Ints], Json]) -> Json:
+    cells = {"image": rows.images, "text": rows.texts}
+    missing = {
+        k: float(np.mean([cells[k][i] is None for i in chosen])) for k in cells if k in rows.modalities
+    }
+    return {
+        "name": name,
+        "rows": len(chosen),
+        "groups": len({rows.groups[i] for i in chosen}),
+        "labels": histogram(chosen),
+        "missing": missing,
+    }
+
+
+def _small_classes(
+    config: FinetuneConfig,
+    rows: Rows,
+    parts: Plan,
+    targets: Any,
+    classes: Sequence[str],
+    findings: list[Finding],
+) -> None:
+    """Classes without enough training rows in some fold, and those that some fold cannot test."""
+    if strata_of(targets) is None:
+        return
+    needed, cv = config.data.min_class_rows, config.eval.cv
+    for number, name in enumerate(classes):
+        counts = [int((targets[splits.train] == number).sum()) for _, splits in parts]
+        groups = {rows.groups[i] for i in np.flatnonzero(targets == number)}
+        if counts and min(counts) < needed:
+            where = parts[int(np.argmin(counts))][0]
+            text = (
+                f"class '{name}' has {min(counts)} training rows{f' in {where}' if where else ''}, needed "
+                f"are {needed} (data.min_class_rows); it has {len(groups)} groups: add rows or remove it"
+            )
+            findings.append(Finding("small_class", True, text))
+        elif cv is not None and len(groups) < cv.folds:
+            text = f"class '{name}' has {len(groups)} groups for {cv.folds} folds: some folds do not test it"
+            findings.append(Finding("small_class", False, text))
+
+
+def _pictures(
+    config: FinetuneConfig, rows: Rows, findings: list[Finding], progress: Progress
+) -> list[Hashable]:
+    """sha256 of every row's picture, None where it is missing or cannot be read."""
+    reader, found = PictureReader(), dict[Any, str | None]()
+    distinct = list(dict.fromkeys(picture for picture in rows.images if picture is not None))
+    with progress("reading pictures", len(distinct)) as advance:
+        for picture in distinct:
+            try:
+                found[picture] = reader.fingerprint(picture)
+            except BrokenPicture:
+                found[picture] = None
+            advance(1)
+    broken = [i for i, picture in enumerate(rows.images) if picture is not None and found[picture] is None]
+    if broken:
+        many = len(broken) > max(1, QUARANTINE_SHARE * len(rows))
+        text = f"{len(broken)} rows name a picture that cannot be read; mend them or empty the cells"
+        fails = many or config.data.on_error == "raise"
+        findings.append(Finding("broken_picture", fails, text, _ids(rows, broken)))
+    return [None if picture is None else found[picture] for picture in rows.images]
+
+
+def _ids(rows: Rows, numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(rows.ids[i] for i in numbers[:EXAMPLES])
+
+
+def _leakage(
+    config: FinetuneConfig,
+    rows: Rows,
+    tests: Sequence[Part],
+    contents: dict[str, list[Hashable]],
+    targets: Any,
+    findings: list[Finding],
+) -> list[Json]:
+    """Content of test rows that is known from training, per kind and part, and what that means."""
+    leakage: list[Json] = []
+    for kind, content in contents.items():
+        shared: dict[bool, set[int]] = {True: set(), False: set()}  # by whether the part is tested or inner
+        answered = set[int]()
+        for part in tests:
+            found, told = _shared(content, part, targets)
+            if found:
+                entry = {"kind": kind, "part": part.name, "rows": len(found), "of": len(part.test)}
+                leakage.append(entry | {"answered": len(told)})
+            shared[part.name != "inner"] |= set(found)
+            answered |= set(told) if part.name != "inner" else set()
+        if shared[True]:
+            findings.append(_leak(config, rows, kind, sorted(shared[True]), sorted(answered)))
+        if shared[False]:
+            text = (
+                f"{len(shared[False])} inner rows share their {kind} with training rows: stopping and choice"
+            )
+            text += " are too hopeful, test scores are not"
+            findings.append(Finding(f"{kind}_leak", False, text, _ids(rows, sorted(shared[False]))))
+    return leakage
+
+
+def _shared(content: Sequence[Hashable], part: Part, targets: Any) -> tuple[list[int], list[int]]:
+    """Test rows whose content is known, and those of them that memory alone answers: all known rows with that
+    content have their label."""
+    labels: dict[Hashable, set[Any]] = defaultdict(set)
+    answers = [tuple(np.ravel(target).tolist()) for target in targets]
+    for i in part.known:
+        labels[content[i]].add(answers[i])
+    found = [int(i) for i in part.test if content[i] is not None and content[i] in labels]
+    told = [i for i in found if labels[content[i]] == {answers[i]}]
+    return found, told
+
+
+def _leak(
+    config: FinetuneConfig, rows: Rows, kind: str, found: Sequence[int], answered: Sequence[int]
+) -> Finding:
+    """What shared content means. A shared text fails only where training rows give it one label, the right
+    one: a text that stands beside several labels answers nothing by itself."""
+    allowed = config.eval.cv is None and config.data.group_across_splits == "allow"
+    what = f"{len(found)} test rows share their {kind} with rows that train"
+    if kind == "group":
+        text = f"{what}; keep groups whole" + (" (allowed by data.group_across_splits)" if allowed else "")
+        return Finding("group_leak", not allowed, text, _ids(rows, found))
+    if kind == "image":
+        text = f"{what}; give rows of one picture one group (data.group) or remove copies"
+        return Finding("image_leak", True, text, _ids(rows, found))
+    text = f"{what}, {len(answered)} of them always beside their own label"
+    if answered and not allowed:
+        text += "; give such rows one group (data.group) or remove them"
+    return Finding("text_leak", bool(answered) and not allowed, text, _ids(rows, answered or found))
+
+
+def _missing(parts: Sequence[Json], findings: list[Finding]) -> None:
+    """A note where a modality is missing much more often in one part than in another."""
+    for k in parts[0]["missing"]:
+        shares = {part["name"]: part["missing"][k] for part in parts}
+        least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+        if shares[most] - shares[least] > MISSING_GAP:
+            text = f"{k} is missing in {shares[most]:.0%} of {most} and {shares[least]:.0%} of {least}"
+            findings.append(Finding("missing", False, text))
+
+
+def _truncated(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> Json:
+    """Texts that are longer than the encoder's context."""
+    tokenizer = load_model(config.model.checkpoint).tokenizer
+    texts = [text for text in rows.texts if text is not None]
+    cut = 0
+    for start in range(0, len(texts), TEXT_BATCH):
+        tokenizer.pack(texts[start : start + TEXT_BATCH])
+        cut += tokenizer.cut
+    length = tokenizer.context_length
+    if cut:
+        text = f"{cut} of {len(texts)} texts are longer than the {length} tokens that the encoder reads"
+        findings.append(Finding("truncated", False, f"{text}; their ends are not seen"))
+    return {"rows": cut, "of": len(texts), "context_length": length}

@@ -1,0 +1,37 @@
+"""Cross-validations of coloured squares through the command line, and what they leave."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .labelled import write_config, write_task
+from .runs import finetune, timeless
+
+HEADS = "{late: {op: late}}"
+NAMES = ("image", "text", "concat", "late")
+
+
+def pieces(folder: Path) -> dict[str, Any]:
+    """All files of the heads below a folder; of head.json what does not tell a time, of metrics.jsonl all but
+    the running number."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name == "head.json":
+            found[str(path)] = timeless(json.loads(path.read_text()))
+        elif path.name == "metrics.jsonl" and path.parent.parent.name == "heads":
+            lines = map(json.loads, path.read_text().splitlines())
+            found[str(path)] = [{k: v for k, v in line.items() if k != "step"} for line in lines]
+        elif path.suffix == ".safetensors":
+            found[str(path)] = path.read_bytes()
+    return {name.removeprefix(str(folder)): value for name, value in found.items()}
+
+
+CV = "eval.cv={folds: 3, repeats: 2}"
+
+
+def make_run(folder: Path) -> Path:
+    """Two repeats of three folds in a new folder."""
+    write_task(folder)
+    write_config(folder, HEADS)
+    finetune(folder, CV)
+    return folder
