@@ -128,6 +128,35 @@ def loss_table(results: Path) -> str:
     return table(["batch", "times ClipLoss's speed", "peak memory, share of ClipLoss's"], lines)
 
 
+def ranks_table(results: Path) -> str:
+    """The loss over several processes: what each way moves, takes and holds."""
+    row = newest("loss", (), results)[-1]
+    names = {"open_clip": "open_clip 3.3.0, local loss", "gather": "gather", "ring": "ring"}
+    lines = [
+        [
+            int(ranks),
+            label,
+            of["mb_moved"][kind],
+            of["cpu_s"][kind],
+            of.get(f"speedup_{kind}", 1),
+            of["wall_s"][kind],
+            of["mib"][kind],
+        ]
+        for ranks, of in row["ranks"].items()
+        for kind, label in names.items()
+    ]
+    head = [
+        "processes",
+        "exchange",
+        "MB moved by each",
+        "CPU s in all",
+        "times open_clip",
+        "wall s",
+        "peak MiB",
+    ]
+    return table(head, lines)
+
+
 def scalars_table(benchmark: str, results: Path) -> str:
     """All plain numbers of the newest row."""
     skip = ("benchmark", "date", "machine")
@@ -166,6 +195,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "shares": ("train_step", shares_table),
     "end_to_end": ("end_to_end", end_to_end_table),
     "loss": ("loss", loss_table),
+    "ranks": ("loss", ranks_table),
     "grad_cache": ("grad_cache", lambda results: scalars_table("grad_cache", results)),
     "compile": ("compile", lambda results: scalars_table("compile", results)),
     "time_to_accuracy": ("time_to_accuracy", accuracy_table),
