@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from xxhash import xxh3_64_intdigest
 
 from ..configs.errors import UserError
 from ..data.shards import DamagedSample, ShardSet, open_shards
@@ -26,11 +27,14 @@ class BrokenPicture(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """Where a picture is: a file, bytes, or a key of a shard folder. Equal ones are encoded once."""
+    """Where a picture is: a file, bytes, a key of a shard folder, or a place in a tar. Equal ones are encoded
+    once."""
 
     path: Path | None = None
     key: str | None = None
     data: bytes | None = None
+    place: tuple[int, int, int] | None = None
+    """Of a sample ``key`` of the tar ``path``: offset and size of the picture's bytes, and their xxh3."""
 
     def __str__(self) -> str:
         if self.data is not None:
@@ -48,8 +52,11 @@ class PictureFolder:
         self._shards: dict[str, Path | None] = {}
 
     def parse(self, cell: Any, where: str) -> Picture | None:
-        """The picture of a cell, or None for an empty one. Also takes PIL images. Raises UserError for a path
-        that leads outside and for a cell of another kind; ``where`` begins the message."""
+        """The picture of a cell, or None for an empty one. Also takes PIL images, and pictures as they are.
+        Raises UserError for a path that leads outside and for a cell of another kind; ``where`` begins the
+        message."""
+        if isinstance(cell, Picture):
+            return cell
         if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
             return None
         if isinstance(cell, bytes | bytearray | memoryview):
@@ -104,6 +111,8 @@ class PictureReader:
             return picture.data
         assert picture.path is not None
         try:
+            if picture.place is not None:
+                return _read_place(picture.path, *picture.place)
             if picture.key is None:
                 return picture.path.read_bytes()
             shards = self._shards(picture.path)
@@ -118,3 +127,13 @@ class PictureReader:
     def fingerprint(self, picture: Picture) -> str:
         """sha256 of the picture's bytes, wherever they are; BrokenPicture if they cannot be had."""
         return hashlib.sha256(self.read(picture)).hexdigest()
+
+
+def _read_place(path: Path, offset: int, size: int, xxh3: int) -> bytes:
+    """Bytes of a tar; BrokenPicture where they are not those that were found there."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if xxh3_64_intdigest(data) != xxh3:
+        raise BrokenPicture("the tar has changed since it was looked through")
+    return data

@@ -41,7 +41,11 @@ class LabelledDataConfig(StrictModel):
     """The labelled table. Columns are declared, never guessed."""
 
     manifest: str
-    """CSV, TSV, JSONL or Parquet; ``corpus:NAME/FILE`` is one of a fetched corpus."""
+    """A table (CSV, TSV, JSONL or Parquet), WebDataset shards (a tar, or a folder of tars), or a folder that
+    holds one of pictures per class; tars and folders may be several, by braces or ``*``.
+    ``corpus:NAME/FILE`` is a place of a fetched corpus."""
+    format: Literal["table", "shards", "folders"] | None = None
+    """What the manifest is. Null is what its ending says; of folders it must be said."""
     modalities: dict[Literal["image", "text"], ModalityConfig] = Field(
         default={"image": ModalityConfig(column="image"), "text": ModalityConfig(column="text")}
     )

@@ -19,9 +19,20 @@ from ..pretrain.probe import grouped_holdout
 from ..pretrain.statistics import Ints
 from .cells import Picture, PictureFolder
 from .config import LabelledDataConfig, TaskConfig
+from .samples import Damaged
+from .sources import Whole, read_source
 from .tables import read_columns
 
-__all__ = ["Rows", "Splits", "group_names", "parse_rows", "read_columns", "read_rows", "split_rows"]
+__all__ = [
+    "Rows",
+    "Splits",
+    "group_names",
+    "parse_rows",
+    "read_columns",
+    "read_manifest",
+    "read_rows",
+    "split_rows",
+]
 
 SPLITS = ("train", "val", "test")
 
@@ -43,6 +54,8 @@ class Rows:
     """Of the training loss; empty where all rows count the same."""
     first: int = 0
     """Rows of the table before these, which were read in chunks; messages count them."""
+    damaged: tuple[Damaged, ...] = ()
+    """Samples that are no rows, because they cannot be read."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,10 +77,21 @@ class Splits:
 
 
 def read_rows(config: LabelledDataConfig, task: TaskConfig) -> Rows:
-    """Read and check the labelled table of a config; see ``parse_rows``."""
-    path = resolve_data_path(config.manifest)
-    folder = PictureFolder(path.parent, resolve_data_path(config.root) if config.root else None)
-    return parse_rows(read_columns(path), config, folder, source=str(path), target=task.target)
+    """Read and check the labelled table of a config; see ``parse_rows``. Raises UserError also for a damaged
+    sample, unless ``on_error`` lets it be left out."""
+    table, folder = read_manifest(config)
+    if table.damaged and config.on_error == "raise":
+        more = f" ({len(table.damaged)} such samples)" if len(table.damaged) > 1 else ""
+        raise UserError(f"{table.damaged[0]}{more}; mend it or set data.on_error=quarantine")
+    rows = parse_rows(table.columns, config, folder, source=table.name, target=task.target)
+    return replace(rows, damaged=tuple(table.damaged))
+
+
+def read_manifest(config: LabelledDataConfig) -> tuple[Whole, PictureFolder]:
+    """The columns of ``data.manifest``, and where its pictures are looked for."""
+    table = read_source(config.manifest, config.format, key="data.format")
+    root = resolve_data_path(config.root) if config.root else None
+    return table, PictureFolder(table.folder, root)
 
 
 def parse_rows(

@@ -19,10 +19,11 @@ from .cells import PictureFolder
 from .config import LabelledDataConfig, ModalityConfig
 from .explain import Explanation, coalitions, explained_class, shapley, values_of
 from .features import FeatureRows, Progress, extract, silent
-from .manifest import Rows, parse_rows, read_columns
+from .manifest import Rows, parse_rows
 from .presence import Shown, has_weights, logits_under, weights_of
 from .saved import SavedHead, device_of, open_encoder, read_head, read_json
 from .scored import score_table
+from .sources import Form, read_source
 from .tables import Columns, LazyColumn, cells_of
 from .tasks import Floats, Task
 
@@ -97,22 +98,29 @@ class Predictor:
         return export(self.run, kind, path, head=self.head, force=force)
 
     def predict(
-        self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
+        self,
+        table: Any,
+        *,
+        format: Form | None = None,
+        root: str | Path | None = None,
+        progress: Progress = silent,
     ) -> list[Any]:
         """The answer for every row: the most probable class; of ordered classes the one that holds the
         middle of the probabilities; for multilabel a list of the labels from 0.5 on; for regression a float
         in the target's unit. See ``predict_proba`` for what may be given."""
-        return self.task.named(self.of_rows(self._rows(table, root), progress=progress))
+        return self.task.named(self.of_rows(self._rows(table, root, format), progress=progress))
 
     def predict_proba(
         self,
         table: Any,
         *,
+        format: Form | None = None,
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> Floats:
-        """Probabilities float64 [n, C] of the rows of a table: a path (CSV, TSV, JSONL, Parquet), a data
-        frame, a dict of columns or a list of rows. Of multilabel tasks each column is one label's.
+        """Probabilities float64 [n, C] of the rows of a table: a path (CSV, TSV, JSONL, Parquet, a tar, or a
+        folder that ``format`` says to be of ``shards`` or ``folders``), a data frame, a dict of columns or a
+        list of rows. Of multilabel tasks each column is one label's.
 
         Image cells are paths (relative to the file's folder, else to the current one; never outside it, or
         outside ``root``), bytes, ``FOLDER#KEY`` or PIL images. Raises UserError for a picture that cannot be
@@ -120,7 +128,7 @@ class Predictor:
         """
         if self.task.type == "regression":
             raise UserError(f"{self.run}: regression has no probabilities; use predict")
-        rows = self._rows(table, root)
+        rows = self._rows(table, root, format)
         return self.of_rows(rows, progress=progress)
 
     def explain(
@@ -128,6 +136,7 @@ class Predictor:
         table: Any,
         *,
         of: str | None = None,
+        format: Form | None = None,
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> list[dict[str, float]]:
@@ -138,7 +147,7 @@ class Predictor:
         They sum to the value for the row as it is less the value for nothing. See ``predict_proba`` for what
         may be given; UserError also for an unknown class.
         """
-        return self.explain_rows(self._rows(table, root), of=of, progress=progress)[1].rows()
+        return self.explain_rows(self._rows(table, root, format), of=of, progress=progress)[1].rows()
 
     def explain_rows(
         self, rows: Rows, *, of: str | None = None, progress: Progress = silent
@@ -157,14 +166,19 @@ class Predictor:
         return answers[-1], Explanation(modalities, phi, *ends, named, weights)
 
     def embed(
-        self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
+        self,
+        table: Any,
+        *,
+        format: Form | None = None,
+        root: str | Path | None = None,
+        progress: Progress = silent,
     ) -> dict[str, NDArray[np.float32]]:
         """Embeddings float32 [n, D] per modality, of length 1; NaN in rows where it is missing.
 
         Of heads that were trained with their encoders those of the first seed's: encoders of different seeds
         have no common space. See ``predict_proba`` for what may be given.
         """
-        rows = self._rows(table, root)
+        rows = self._rows(table, root, format)
         features = self._features(self._saved[0].encoder or self.run / "encoder", rows, None, progress)
         made: dict[str, NDArray[np.float32]] = {}
         for k, index in features.index.items():
@@ -177,6 +191,7 @@ class Predictor:
         self,
         table: Any,
         *,
+        format: Form | None = None,
         root: str | Path | None = None,
         samples: int | None = None,
         progress: Progress = silent,
@@ -189,9 +204,9 @@ class Predictor:
         run does not know.
         """
         if isinstance(table, str | Path):
-            columns, rows = self.read(table, root)
+            columns, rows = self.read(table, root, format)
         else:
-            columns, rows = _columns(table), self._rows(table, root)
+            columns, rows = _columns(table), self._rows(table, root, format)
         p = self.of_rows(rows, progress=progress)
         info = dict(self._info) if samples is None else dict(self._info) | {"bootstrap": samples}
         return {"head": self.head} | score_table(self.task, info, columns, rows, p)
@@ -242,17 +257,19 @@ class Predictor:
             )
         return features.to(self._device)
 
-    def read(self, path: str | Path, root: str | Path | None = None) -> tuple[Columns, Rows]:
-        """All columns of a table file, and its parsed rows."""
-        path = Path(path)
-        columns = read_columns(path)
-        return columns, self.parse(
-            columns, PictureFolder(path.parent, Path(root) if root else None), str(path)
-        )
+    def read(
+        self, path: str | Path, root: str | Path | None = None, format: Form | None = None
+    ) -> tuple[Columns, Rows]:
+        """All columns of a table file, shards or folders, and their parsed rows."""
+        table = read_source(path, format)
+        if table.damaged:
+            raise UserError(f"{table.damaged[0]}; mend it or remove it")
+        folder = PictureFolder(table.folder, Path(root) if root else None)
+        return table.columns, self.parse(table.columns, folder, table.name)
 
-    def _rows(self, table: Any, root: str | Path | None) -> Rows:
+    def _rows(self, table: Any, root: str | Path | None, format: Form | None) -> Rows:
         if isinstance(table, str | Path):
-            return self.read(table, root)[1]
+            return self.read(table, root, format)[1]
         folder = PictureFolder(Path(root) if root is not None else Path.cwd())
         return self.parse(_columns(table), folder, "the table")
 

@@ -30,7 +30,7 @@ from .saved import device_of, save_encoder
 from .targets import Targets, encode_targets
 from .tasks import Ints, Task
 
-__all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder"]
+__all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder", "too_many"]
 
 VERSION = 2  # of what training does; part of every head's key
 QUARANTINE_SHARE = 0.001
@@ -137,8 +137,9 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         max_pixels=config.data.max_pixels,
         progress=progress,
     )
-    if broken:
+    if broken or rows.damaged:
         _quarantine(config, folder, rows, broken)
+    if broken:
         parts = [(fold, without(splits, list(broken))) for fold, splits in parts]
         for part, (targets, task) in zip(parts, prepared, strict=True):
             check_inner(config, rows, part, targets, task)
@@ -188,18 +189,26 @@ def _sizes(config: FinetuneConfig, rows: Rows, splits: Splits) -> str:
     return f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
 
 
+def too_many(rows: Rows, left_out: int) -> bool:
+    """Whether so many rows and samples are more than a quarantine takes: one, or one in a thousand."""
+    return left_out > max(1, QUARANTINE_SHARE * (len(rows) + len(rows.damaged)))
+
+
 def _quarantine(config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, str]) -> None:
-    """List broken rows in quarantine.csv, or say which one to mend."""
-    first = min(broken)
-    what = f"{rows.source}: row {first + 1}: image {rows.images[first]} cannot be read: {broken[first]}"
-    if config.data.on_error == "raise":
+    """List broken rows and damaged samples in quarantine.csv, or say which one to mend."""
+    what = str(rows.damaged[0]) if rows.damaged else ""
+    if broken:
+        first = min(broken)
+        what = f"{rows.source}: row {first + 1}: image {rows.images[first]} cannot be read: {broken[first]}"
+    if broken and config.data.on_error == "raise":
         more = f" ({len(broken)} such rows)" if len(broken) > 1 else ""
         raise UserError(f"{what}{more}; mend it, empty the cell, or set data.on_error=quarantine")
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["row", "id", "image", "reason"])
     writer.writerows([i + 1, rows.ids[i], str(rows.images[i]), broken[i]] for i in sorted(broken))
+    writer.writerows(["", one.key, one.place, one.reason] for one in rows.damaged)
     atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
-    if len(broken) > max(1, QUARANTINE_SHARE * len(rows)):
-        listed = folder / "quarantine.csv"
-        raise UserError(f"{what}; {len(broken)} of {len(rows)} rows are too many, {listed} lists them")
+    if too_many(rows, left_out := len(broken) + len(rows.damaged)):
+        of, listed = len(rows) + len(rows.damaged), folder / "quarantine.csv"
+        raise UserError(f"{what}; {left_out} of {of} rows are too many, {listed} lists them")

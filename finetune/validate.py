@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from ..configs.errors import UserError
-from ..configs.files import resolve_data_path
 from ..data.canonical import canonical_caption
 from ..pretrain.model import load_model
-from .cells import BrokenPicture, PictureFolder, PictureReader
+from .cells import BrokenPicture, PictureReader
 from .checks import Planned, faults
 from .config import FinetuneConfig
 from .features import Progress, silent
 from .folds import strata_of
-from .manifest import Rows, Splits, parse_rows, read_columns
-from .session import QUARANTINE_SHARE, data_config, plan
+from .manifest import Rows, Splits, parse_rows, read_manifest
+from .session import data_config, plan, too_many
 from .targets import encode_targets
 from .tasks import Ints
 
@@ -101,16 +100,22 @@ def same_words(text: str) -> str:
 
 def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
     """The rows, also of a table with repeated ids or groups in several splits, which a run refuses."""
-    path = resolve_data_path(config.data.manifest)
-    columns = read_columns(path)
+    table, folder = read_manifest(config.data)
+    columns = table.columns
     data = data_config(config).model_copy(update={"group_across_splits": "allow"})
     ids = [str(cell) for cell in columns.get(data.id, [])] if data.id else []
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         data = data.model_copy(update={"id": None})
         text = f"{len(repeated)} ids of column '{config.data.id}' stand on several rows; make them unique"
         findings.append(Finding("duplicate_id", True, text, tuple(repeated[:EXAMPLES])))
-    folder = PictureFolder(path.parent, resolve_data_path(data.root) if data.root else None)
-    rows = parse_rows(columns, data, folder, source=str(path), target=config.task.target)
+    rows = parse_rows(columns, data, folder, source=table.name, target=config.task.target)
+    rows = replace(rows, damaged=tuple(table.damaged))
+    if rows.damaged:
+        fails = too_many(rows, len(rows.damaged)) or data.on_error == "raise"
+        text = (
+            f"{len(rows.damaged)} samples cannot be read, the first: {rows.damaged[0]}; mend or remove them"
+        )
+        findings.append(Finding("damaged_sample", fails, text, tuple(d.key for d in rows.damaged[:EXAMPLES])))
     return replace(rows, ids=ids) if repeated else rows
 
 
@@ -236,7 +241,7 @@ def _pictures(
             advance(1)
     broken = [i for i, picture in enumerate(rows.images) if picture is not None and found[picture] is None]
     if broken:
-        many = len(broken) > max(1, QUARANTINE_SHARE * len(rows))
+        many = too_many(rows, len(rows.damaged) + len(broken))
         text = f"{len(broken)} rows name a picture that cannot be read; mend them or empty the cells"
         fails = many or config.data.on_error == "raise"
         findings.append(Finding("broken_picture", fails, text, _ids(rows, broken)))
