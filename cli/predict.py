@@ -19,9 +19,9 @@ def add_parser(subparsers: Any) -> None:
         "predict",
         help="classes and probabilities for the rows of a table",
         description="Answer every row of a table (CSV, TSV, JSONL or Parquet), of WebDataset shards or of a "
-        "folder of pictures with the columns that the run was fine-tuned on. A cell may be empty, and a whole "
-        "column absent: then the other modality answers. Rows are answered as they are read, so a table may "
-        "be larger than memory.",
+        "folder of pictures with the columns that the run was fine-tuned on. A cell may be empty, and a "
+        "whole column absent: then the other modality answers. Rows are answered as they are read, so a "
+        "table may be larger than memory.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -119,7 +119,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _answers(predictor: Predictor, p: Floats, explanation: Explanation | None, *, as_text: bool) -> Columns:
-    said = predictor.task.named(p)
+    said = predictor.named(p)
     if predictor.task.type == "multilabel" and as_text:
         said = [(predictor.separator or ";").join(labels) for labels in said]
     made: Columns = {"prediction": said}

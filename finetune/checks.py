@@ -78,9 +78,9 @@ def check_inner(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targ
     target = config.task.target
     columns = f"column '{target}'" if isinstance(target, str) else f"columns {', '.join(target)}"
     where = "" if fold is None else f" of fold {fold.fold} of repeat {fold.repeat}"
-    if fold is None and config.eval.cv is not None:
+    if fold is None and config.eval.folds is not None:
         where = " of the training on all rows"
-    val = fold is None and "val" in rows.splits
+    val = config.eval.folds is None and "val" in rows.splits
     mend = "choose other val rows" if val else "set a larger eval.inner_share"
     raise UserError(
         f"{rows.source}: what the {len(inner)} inner rows{where} hold in {columns} leaves {metric}, which "

@@ -3,7 +3,7 @@
 The heads' own options stand in ``head_config.py``, the task's in ``task_config.py``.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -112,6 +112,10 @@ class CvConfig(StrictModel):
     folds: int = Field(default=5, ge=2)
     repeats: int = Field(default=1, ge=1)
     """How often all rows are dealt into folds, each time shuffled differently."""
+    rows: Literal["all", "without_test"] = "all"
+    """Which rows are dealt into folds: all of them, whatever ``data.split`` says, or all but those of its
+    split test (without a split column those that ``data.test_share`` takes), which then wait for
+    ``--holdout``."""
     stratify: bool = True
     """Keep the shares of the classes equal in all folds and inner splits, where the task has classes."""
     seed: int = Field(default=0, ge=0)
@@ -122,7 +126,10 @@ class EvalConfig(StrictModel):
     """How scores are made."""
 
     cv: CvConfig | None = None
-    """Cross-validation over all rows, whatever ``data.split`` says; null tests on fixed splits."""
+    """Cross-validation over ``cv.rows``; null tests on fixed splits."""
+    holdout: bool = False
+    """Test on the fixed splits although ``cv`` is given, in the folder ``holdout`` of the run's. It is what
+    ``diptych finetune --holdout`` sets."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One model per seed; probabilities are averaged over them."""
     inner_share: float = Field(default=0.15, gt=0, lt=1)
@@ -132,6 +139,20 @@ class EvalConfig(StrictModel):
     calibration: Literal["none", "temperature", "platt"] = "none"
     """Fitted on the inner split: a scale of the logits (multilabel: one for all labels), or (binary only) a
     scale and a shift. Regression has none."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 0.5
+    """From which probability on the positive class (multilabel: each label) is predicted. ``auto``: of each
+    head and label the one with the greatest F1 on the inner split. For binary and multilabel tasks."""
+
+    @property
+    def folds(self) -> CvConfig | None:
+        """The cross-validation that this run is; None on fixed splits."""
+        return None if self.holdout else self.cv
+
+    @model_validator(mode="after")
+    def _beside(self) -> Self:
+        if self.holdout and self.cv is None:
+            raise ValueError("holdout: without cv every run tests on the fixed splits; leave --holdout out")
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -214,6 +235,10 @@ class FinetuneConfig(StrictModel):
                 raise ValueError("eval.calibration: regression has no probabilities to calibrate; use none")
             if any(self.adapt_of(name).label_smoothing for name in self.all_heads()):
                 raise ValueError("adapt.label_smoothing: regression has no labels to smooth; use 0")
+        if self.eval.threshold != 0.5 and self.task.type not in ("binary", "multilabel"):
+            raise ValueError(
+                f"eval.threshold: {self.task.type} tasks have none; it is for binary and multilabel ones"
+            )
         if self.eval.calibration == "platt" and self.task.type != "binary":
             raise ValueError("eval.calibration: platt is for binary tasks; use temperature")
 

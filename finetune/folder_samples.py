@@ -1,8 +1,8 @@
 """Folders of pictures as labelled tables: ``root/CLASS/*.jpg``, as torchvision's ``ImageFolder`` reads them.
 
 Columns are ``__key__`` (the picture's path without its ending), ``__folder__`` (the root's name), ``image``
-(its path), ``label`` (the folder of the root that it is in, however deep) and ``text``, what a ``.txt`` of the
-same name beside it holds. Names that begin with a dot are passed over.
+(its path), ``label`` (the folder of the root that it is in, however deep) and ``text``, what a ``.txt`` of
+the same name beside it holds. Names that begin with a dot are passed over.
 """
 
 import os

@@ -22,8 +22,16 @@ from .retention import mean_retention, told
 from .saved import open_encoder, read_head, read_json, save_head
 from .session import Session
 from .tasks import Floats, Ints
+from .thresholds import choose_thresholds, used
 
-__all__ = ["head_answers", "head_probabilities", "history_of", "kept_inner", "train_head"]
+__all__ = [
+    "head_answers",
+    "head_probabilities",
+    "history_of",
+    "kept_inner",
+    "kept_thresholds",
+    "train_head",
+]
 
 Json = dict[str, Any]
 
@@ -128,6 +136,7 @@ def _document(
         seeds.append(own | got.facts)
     p = np.mean(parts, axis=0)
     stage, level = STAGES[head.op]
+    targets = session.targets[inner_rows]
     return {
         "name": name,
         "config": json.loads(head.model_dump_json()),
@@ -135,7 +144,8 @@ def _document(
         "stage": stage,
         "level": level,
         "params": sum(q.numel() for q in members[0][1].head.parameters()) + members[0][1].trained,
-        "inner": inner_scores(session.task, torch.from_numpy(session.targets[inner_rows]), p),
+        "inner": inner_scores(session.task, torch.from_numpy(targets), p),
+        "thresholds": choose_thresholds(session.task, targets, p),
         "seeds": seeds,
         "retention": mean_retention(seeds),
     }
@@ -144,6 +154,12 @@ def _document(
 def kept_inner(session: Session, name: str) -> dict[str, float]:
     """Loss and metrics of a saved head on the inner rows."""
     return read_json(session.head_folder(name) / "head.json")["inner"]
+
+
+def kept_thresholds(session: Session, name: str) -> list[float]:
+    """From which probabilities on a saved head says its labels, by ``eval.threshold``."""
+    chosen = read_json(session.head_folder(name) / "head.json")["thresholds"]
+    return used(session.config.eval.threshold, chosen)
 
 
 def head_probabilities(session: Session, name: str, rows: Ints) -> Floats:

@@ -91,13 +91,14 @@ def missing_answers(session: Session, name: str, rows: Ints) -> Floats:
 
 
 def missing_matrix(
-    session: Session, name: str, rows: Ints, targets: Targets, answers: Floats
+    session: Session, name: str, rows: Ints, targets: Targets, answers: Floats, said: Floats
 ) -> dict[str, Any]:
     """``missing``: the head's first metric, and the one that chose it, in every scenario, with intervals.
 
-    rows: numbers [n], a row once per repeat; targets: theirs [n]; answers: [S, n, C]. Empty without answers.
-    ``diff`` is the paired difference of the first metric to that of all modalities and rate 0, positive where
-    the scenario is better. ``present``: the share of rows in which each modality was seen.
+    rows: numbers [n], a row once per repeat; targets: theirs [n]; answers: [S, n, C], and what is said of
+    them (see ``thresholds.decided``). Empty without answers. ``diff`` is the paired difference of the first
+    metric to that of all modalities and rate 0, positive where the scenario is better. ``present``: the share
+    of rows in which each modality was seen.
     """
     if len(answers) == 0:
         return {}
@@ -111,6 +112,7 @@ def missing_matrix(
         metrics,
         [session.rows.groups[i] for i in rows],
         task=task,
+        said=dict(zip(names, said, strict=True)),
         against=names[0],
         samples=session.config.eval.bootstrap,
     )

@@ -26,6 +26,7 @@ from .scored import score_table
 from .sources import Form, read_source
 from .tables import Columns, LazyColumn, cells_of
 from .tasks import Floats, Task
+from .thresholds import decided
 
 __all__ = ["Predictor"]
 
@@ -50,6 +51,8 @@ class Predictor:
         """Column per modality."""
         self.has_weights = has_weights(saved[0].head)
         """Whether the head weighs its modalities."""
+        self.thresholds: list[float] = info.get("thresholds", {}).get(name, [0.5] * len(self.classes[-1:]))
+        """From which probability on the positive class, or each label, is predicted; none for other tasks."""
         self._info, self._saved, self._device = info, saved, device
         self._models: dict[Path, LoadedModel] = {}
 
@@ -106,9 +109,17 @@ class Predictor:
         progress: Progress = silent,
     ) -> list[Any]:
         """The answer for every row: the most probable class; of ordered classes the one that holds the
-        middle of the probabilities; for multilabel a list of the labels from 0.5 on; for regression a float
-        in the target's unit. See ``predict_proba`` for what may be given."""
-        return self.task.named(self.of_rows(self._rows(table, root, format), progress=progress))
+        middle of the probabilities; of two classes the positive one, and for multilabel a list of the labels,
+        from their ``thresholds`` on; for regression a float in the target's unit. See ``predict_proba`` for
+        what may be given."""
+        return self.named(self.of_rows(self._rows(table, root, format), progress=progress))
+
+    def named(self, p: Floats) -> list[Any]:
+        """What is predicted of answers [n, C], see ``predict``."""
+        return self.task.named(self._said(p))
+
+    def _said(self, p: Floats) -> Floats:
+        return decided(self.task, p, self.thresholds)
 
     def predict_proba(
         self,
@@ -158,7 +169,9 @@ class Predictor:
         sets = coalitions(modalities)
         shown = [{k: np.full(len(rows), k in some) for k in modalities} for some in sets]
         answers, weights = self._answers(rows, shown, progress, weights=True)
-        classes = explained_class(self.task, answers[-1], of)
+        # of labels the most probable is explained, of two classes the one that is predicted
+        known = answers[-1] if self.task.type == "multilabel" else self._said(answers[-1])
+        classes = explained_class(self.task, known, of)
         values = {some: values_of(p, classes) for some, p in zip(sets, answers, strict=True)}
         named = None if classes is None else [self.task.classes[c] for c in classes]
         phi = shapley(values, modalities)
@@ -209,7 +222,7 @@ class Predictor:
             columns, rows = _columns(table), self._rows(table, root, format)
         p = self.of_rows(rows, progress=progress)
         info = dict(self._info) if samples is None else dict(self._info) | {"bootstrap": samples}
-        return {"head": self.head} | score_table(self.task, info, columns, rows, p)
+        return {"head": self.head} | score_table(self.task, info, columns, rows, p, self._said(p))
 
     def of_rows(self, rows: Rows, *, progress: Progress = silent) -> Floats:
         """Probabilities of parsed rows; for regression the answers [n, 1]."""

@@ -1,5 +1,5 @@
-"""Tables whose rows are samples, one after the other, as in tars and in folders of pictures: what reading them
-has in common. Pictures are not held: a cell says where one is."""
+"""Tables whose rows are samples, one after the other, as in tars and in folders of pictures: what reading
+them has in common. Pictures are not held: a cell says where one is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

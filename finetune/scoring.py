@@ -1,7 +1,7 @@
 """What a run makes of its trained heads: which one it recommends, and scores of rows that none has seen."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,25 @@ import numpy as np
 from ..configs.files import atomic_write_text
 from ..pretrain.statistics import Interval
 from .config import SINGLE
+from .heads import kept_thresholds
 from .intervals import paired_intervals
 from .results import SHARES, headline, make_results, write_predictions
 from .saved import read_json
 from .session import Session
 from .targets import Targets
 from .tasks import Floats, Ints, Task, higher_is_better
+from .thresholds import has_thresholds
 from .verdict import no_verdict
 
-__all__ = ["choose", "evaluate", "fusion_gain", "rechosen", "write_run"]
+__all__ = [
+    "choose",
+    "evaluate",
+    "fusion_gain",
+    "named_thresholds",
+    "rechosen",
+    "threshold_facts",
+    "write_run",
+]
 
 Json = dict[str, Any]
 
@@ -51,9 +61,24 @@ def write_run(session: Session, heads: list[str], best: str) -> None:
         "heads": heads,
         "keys": {name: read_json(session.head_folder(name) / "head.json")["key"] for name in heads},
         "best": best,
+        "thresholds": {name: kept_thresholds(session, name) for name in heads},
         "encoder_sha256": session.fingerprint,
     }
     atomic_write_text(session.folder / "run.json", json.dumps(document, indent=1) + "\n")
+
+
+def threshold_facts(session: Session, limits: Mapping[str, list[float]]) -> Json:
+    """``threshold`` of results.json: ``eval.threshold`` and what it comes to, per head and label; empty for
+    tasks without thresholds."""
+    if not has_thresholds(session.task.type):
+        return {}
+    heads = {name: named_thresholds(session.task, values) for name, values in limits.items()}
+    return {"threshold": {"setting": session.config.eval.threshold, "heads": heads}}
+
+
+def named_thresholds(task: Task, limits: Sequence[float]) -> dict[str, float]:
+    """Thresholds by label; of binary tasks that of the positive one."""
+    return dict(zip(task.classes[-len(limits) :], limits, strict=True))
 
 
 def evaluate(
@@ -61,6 +86,7 @@ def evaluate(
     rows: Ints,
     targets: Targets,
     p: Mapping[str, Floats],
+    said: Mapping[str, Floats],
     documents: Mapping[str, Json],
     *,
     best: str,
@@ -69,13 +95,21 @@ def evaluate(
 ) -> Json:
     """Scores of test rows with intervals, and what is told with them; writes predictions.parquet.
 
-    rows: numbers [n], a row once per repeat; targets: theirs [n]; p: probabilities [n, C] per head;
-    documents: what head.json holds, per head; more: further columns of the predictions.
+    rows: numbers [n], a row once per repeat; targets: theirs [n]; p: probabilities [n, C] per head; said:
+    what is said of them (see ``thresholds.decided``); documents: what head.json holds, per head; more:
+    further columns of the predictions.
     """
     task, config = session.task, session.config
     groups = [session.rows.groups[i] for i in rows]
     scores, gains = paired_intervals(
-        targets, p, task.metrics, groups, task=task, against=single, samples=config.eval.bootstrap
+        targets,
+        p,
+        task.metrics,
+        groups,
+        task=task,
+        said=said,
+        against=single,
+        samples=config.eval.bootstrap,
     )
     everything = np.arange(len(rows))
     write_predictions(session.folder, task, session.rows.take(rows), targets, everything, p, more)
@@ -94,7 +128,8 @@ def evaluate(
 
 def rechosen(session: Session, rows: Ints, targets: Targets, p: Floats, single: Floats) -> Json:
     """Score and gain of answers [n, C] that several heads gave, each in the folds that chose it, over those
-    of the single modalities that were chosen so; the first metric."""
+    of the single modalities that were chosen so; the first metric, which tells whether p are probabilities or
+    what is said (see ``thresholds.decided``)."""
     metric = session.task.metrics[0]
     groups = [session.rows.groups[i] for i in rows]
     scores, gains = paired_intervals(

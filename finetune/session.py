@@ -32,7 +32,7 @@ from .tasks import Ints, Task
 
 __all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder", "too_many"]
 
-VERSION = 2  # of what training does; part of every head's key
+VERSION = 3  # of what training does; part of every head's key
 QUARANTINE_SHARE = 0.001
 
 
@@ -105,8 +105,9 @@ class Session:
 
 
 def run_folder(config: FinetuneConfig) -> Path:
-    """``out``, or ``runs/NAME``."""
-    return Path(config.out) if config.out is not None else Path("runs") / config.name
+    """``out``, or ``runs/NAME``; with ``eval.holdout`` the folder ``holdout`` in it."""
+    folder = Path(config.out) if config.out is not None else Path("runs") / config.name
+    return folder / "holdout" if config.eval.holdout else folder
 
 
 def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str], None]) -> list[Session]:
@@ -120,13 +121,18 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     parts = plan(config, rows)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
+    if config.eval.folds is None and (folder / "folds").is_dir():
+        raise UserError(
+            f"{folder} holds a cross-validation; keep eval.cv and add --holdout, or give another folder as "
+            "out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(config.model.checkpoint, device=device_of(config.device))
     task = prepared[0][1]
     check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
-    say(f"{_sizes(config, rows, parts[-1][1])}; stopping by {task_metric}")
+    say(f"{_sizes(config, parts[-1][1])}; stopping by {task_metric}")
     features, broken = extract(
         model,
         rows,
@@ -159,33 +165,40 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
 
 
 def data_config(config: FinetuneConfig) -> LabelledDataConfig:
-    """How the table is read: a cross-validation makes no use of a split column."""
-    return config.data if config.eval.cv is None else config.data.model_copy(update={"split": None})
+    """How the table is read: a cross-validation of all rows makes no use of a split column."""
+    folds = config.eval.folds
+    if folds is None or folds.rows == "without_test":
+        return config.data
+    return config.data.model_copy(update={"split": None})
 
 
 def plan(config: FinetuneConfig, rows: Rows) -> list[tuple[Fold | None, Splits]]:
-    """What is trained on what: the fixed splits, or every outer fold and last, without a test, all rows.
+    """What is trained on what: the fixed splits, or every outer fold and last, without a test, all rows that
+    are dealt into folds.
 
     Labels are read for stratification alone.
     """
-    share, cv = config.eval.inner_share, config.eval.cv
+    share, cv = config.eval.inner_share, config.eval.folds
     if cv is None:
         return [(None, split_rows(rows, config.data, inner_share=share))]
-    everything = np.arange(len(rows))
-    whole = Splits(everything, everything[:0], everything[:0])
+    among = np.arange(len(rows))
+    if cv.rows == "without_test":
+        among = np.setdiff1d(among, split_rows(rows, config.data, inner_share=share).test)
+    whole = Splits(among, among[:0], among[:0])
     strata = strata_of(encode_targets(rows, config.task, whole, min_rows=0)[0]) if cv.stratify else None
-    folds = make_folds(rows, strata, cv, inner_share=share)
-    train, inner = inner_split(rows, everything, strata, share=share, seed=cv.seed)
+    folds = make_folds(rows, strata, cv, inner_share=share, among=among)
+    train, inner = inner_split(rows, among, strata, share=share, seed=cv.seed)
     return [*((fold, fold.splits) for fold in folds), (None, replace(whole, train=train, inner=inner))]
 
 
-def _sizes(config: FinetuneConfig, rows: Rows, splits: Splits) -> str:
-    cv = config.eval.cv
+def _sizes(config: FinetuneConfig, splits: Splits) -> str:
+    cv = config.eval.folds
     if cv is not None:
         heads, seeds = len(config.all_heads()), len(config.eval.seeds)
         trained = (heads * cv.folds * cv.repeats + 1) * seeds
         times = f", {cv.repeats} times" if cv.repeats > 1 else ""
-        return f"{len(rows):,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
+        dealt = len(splits.train) + len(splits.inner)
+        return f"{dealt:,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
     return f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
 
 

@@ -133,7 +133,7 @@ def _plan(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> list[P
 
 def _named(config: FinetuneConfig, planned: Sequence[Planned]) -> Plan:
     """The parts that are tested, with their names."""
-    if config.eval.cv is None:
+    if config.eval.folds is None:
         return [("", splits) for _, splits in planned]
     return [(f"repeat {f.repeat}, fold {f.fold}", splits) for f, splits in planned if f is not None]
 
@@ -157,14 +157,14 @@ def _shown(config: FinetuneConfig, parts: Plan, n: int) -> list[tuple[str, Ints]
     """The parts whose rows are counted: train, inner and test, or the folds."""
     if not parts:
         return [("all rows", np.arange(n))]
-    if config.eval.cv is not None:
+    if config.eval.folds is not None:
         return [(name, splits.test) for name, splits in parts]
     return [(name, getattr(parts[0][1], name)) for name in ("train", "inner", "test")]
 
 
 def _tests(config: FinetuneConfig, parts: Plan) -> list[Part]:
     tests = [Part(name or "test", s.test, np.concatenate([s.train, s.inner])) for name, s in parts]
-    if config.eval.cv is None and parts:
+    if config.eval.folds is None and parts:
         tests.append(Part("inner", parts[0][1].inner, parts[0][1].train))
     return tests
 
@@ -210,10 +210,11 @@ def _small_classes(
     """Classes without enough training rows in some fold, and those that some fold cannot test."""
     if strata_of(targets) is None:
         return
-    needed, cv = config.data.min_class_rows, config.eval.cv
+    needed, cv = config.data.min_class_rows, config.eval.folds
+    dealt = {int(i) for _, s in parts for i in (*s.train, *s.inner, *s.test)}
     for number, name in enumerate(classes):
         counts = [int((targets[splits.train] == number).sum()) for _, splits in parts]
-        groups = {rows.groups[i] for i in np.flatnonzero(targets == number)}
+        groups = {rows.groups[i] for i in np.flatnonzero(targets == number) if not parts or i in dealt}
         if counts and min(counts) < needed:
             where = parts[int(np.argmin(counts))][0]
             text = (
@@ -300,7 +301,7 @@ def _leak(
 ) -> Finding:
     """What shared content means. A shared text fails only where training rows give it one label, the right
     one: a text that stands beside several labels answers nothing by itself."""
-    allowed = config.eval.cv is None and config.data.group_across_splits == "allow"
+    allowed = config.eval.folds is None and config.data.group_across_splits == "allow"
     what = f"{len(found)} test rows share their {kind} with rows that train"
     if kind == "group":
         text = f"{what}; keep groups whole" + (" (allowed by data.group_across_splits)" if allowed else "")
