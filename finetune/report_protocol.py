@@ -18,8 +18,8 @@ def protocol_note(results: Json) -> str:
         if beside.get("rows") == "without_test":
             return "Scored on the held-out test split, which the cross-validation of this config leaves out."
         return (
-            "Scored on the held-out test split, whose rows stand in the folds of this config's cross-validation "
-            "too (eval.cv.rows: all): what was chosen by it has seen them."
+            "Scored on the held-out test split, whose rows stand in the folds of this config's "
+            "cross-validation too (eval.cv.rows: all): what was chosen by it has seen them."
         )
     if cv:
         folds = f"Scored by cross-validation, {cv.get('folds')} folds"
@@ -54,8 +54,8 @@ def threshold_note(results: Json) -> str:
     more = f" and {len(limits) - SHOWN} more labels" if len(limits) > SHOWN else ""
     fold = "; every fold's own are in results.json" if results.get("folds") else ""
     return (
-        f"The {results.get('best')} head says a label from these probabilities on, which have the greatest F1 "
-        f"on the inner rows: {', '.join(labels)}{more}{fold}."
+        f"The {results.get('best')} head says a label from these probabilities on, which have the "
+        f"greatest F1 on the inner rows: {', '.join(labels)}{more}{fold}."
     )
 
 
