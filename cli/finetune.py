@@ -124,7 +124,7 @@ def print_results(result: dict[str, Any], console: Any) -> None:
     """The heads of results.json as a table, best first, the folds, the fusion gain, and the headline."""
     from rich.table import Table
 
-    from ..finetune.report_protocol import looks_note, protocol_note, threshold_note
+    from ..finetune.report_protocol import protocol_note, threshold_note
     from ..finetune.tasks import higher_is_better
 
     heads = result["heads"]
@@ -173,7 +173,7 @@ def print_results(result: dict[str, Any], console: Any) -> None:
             markup=False,
             soft_wrap=True,
         )
-    for note in (protocol_note(result), looks_note(result), threshold_note(result), result["headline"]):
+    for note in (protocol_note(result), threshold_note(result), result["headline"]):
         if note:
             console.print(note, markup=False, soft_wrap=True)
 

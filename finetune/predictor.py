@@ -280,7 +280,7 @@ class Predictor:
         folder = PictureFolder(table.folder, Path(root) if root else None)
         return table.columns, self.parse(table.columns, folder, table.name)
 
-    def _rows(self, table: Any, root: str | Path | None, format: Form | None) -> Rows:
+    def _rows(self, table: Any, root: str | Path | None, format: Form | None = None) -> Rows:
         if isinstance(table, str | Path):
             return self.read(table, root, format)[1]
         folder = PictureFolder(Path(root) if root is not None else Path.cwd())

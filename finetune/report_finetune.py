@@ -20,7 +20,7 @@ from .report_html import (
     text,
     tile,
 )
-from .report_protocol import looks_note, protocol_note, threshold_note
+from .report_protocol import protocol_note, threshold_note
 from .verdict import no_verdict
 
 __all__ = ["finetune_sections", "finetune_tiles"]
@@ -94,7 +94,7 @@ def finetune_sections(folder: Path, results: Json) -> str:
     parts = [f"<h2>Fusion on {text(results.get('task', 'the task'))}</h2>"]
     if results.get("headline"):
         parts.append(f"<p>{text(results['headline'])}</p>")
-    for note in (protocol_note(results), looks_note(results), threshold_note(results)):
+    for note in (protocol_note(results), threshold_note(results)):
         parts.append(f"<p>{text(note)}</p>" if note else "")
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
     parts.append(f'<p class="soft">{rows} {GAIN}</p>')

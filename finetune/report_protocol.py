@@ -4,49 +4,49 @@ probabilities on labels are said."""
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["looks_note", "protocol_note", "threshold_note"]
+__all__ = ["protocol_note", "threshold_note"]
 
 Json = Mapping[str, Any]
 SHOWN = 8  # labels whose thresholds are told
 
 
 def protocol_note(results: Json) -> str:
-    """One sentence on which rows the scores are of; empty for results that do not say."""
-    cv, holdout = _mapping(results.get("cv")), _mapping(results.get("holdout"))
-    if holdout:
-        beside = _mapping(holdout.get("cv"))
-        if beside.get("rows") == "without_test":
-            return "Scored on the held-out test split, which the cross-validation of this config leaves out."
-        return (
-            "Scored on the held-out test split, whose rows stand in the folds of this config's "
-            "cross-validation too (eval.cv.rows: all): what was chosen by it has seen them."
-        )
+    """On which rows the scores are, and how often these were looked at; empty for results that do not say."""
+    cv = _mapping(results.get("cv"))
     if cv:
         folds = f"Scored by cross-validation, {cv.get('folds')} folds"
         if cv.get("rows") == "without_test":
             return f"{folds} without the rows of the test split, which diptych finetune --holdout scores."
         return f"{folds} of all rows."
-    return "Scored on the fixed test split." if "test_looks" in results else ""
-
-
-def looks_note(results: Json) -> str:
-    """One sentence on how often the test split was looked at; empty where there is none."""
-    looks = results.get("test_looks")
-    if not isinstance(looks, int):
+    if "test_looks" not in results:
         return ""
-    if looks == 1:
-        return "Its rows have been looked at once in this folder: these are the first models scored on them."
+    beside = _mapping(_mapping(results.get("holdout")).get("cv"))
+    kind = "held-out" if beside else "fixed"
+    text = f"Scored on the {kind} test split, {_looks(results['test_looks'])}."
+    if not beside:
+        return text
+    if beside.get("rows") == "without_test":
+        return f"{text} The cross-validation of this config leaves its rows out."
     return (
-        f"Its rows have been looked at {looks} times in this folder, by models that differ "
-        "(test_looks.jsonl): whatever was changed because of earlier scores makes these too hopeful."
+        f"{text} The cross-validation of this config has its rows in the folds too (eval.cv.rows: all): what "
+        "was chosen by it has seen them."
+    )
+
+
+def _looks(looks: Any) -> str:
+    if looks == 1:
+        return "the first time in this folder"
+    return (
+        f"set of models number {looks} of this folder (test_looks.jsonl): what was changed because of "
+        "earlier scores makes these too hopeful"
     )
 
 
 def threshold_note(results: Json) -> str:
-    """One sentence on the thresholds of the recommended head; empty for tasks without them."""
+    """The thresholds of the recommended head; empty for tasks without them and for one half."""
     threshold = _mapping(results.get("threshold"))
     limits = _mapping(_mapping(threshold.get("heads")).get(str(results.get("best"))))
-    if not limits:
+    if not limits or threshold.get("setting") == 0.5:
         return ""
     if threshold.get("setting") != "auto":
         return f"A label is said from a probability of {threshold.get('setting')} on (eval.threshold)."
@@ -54,8 +54,8 @@ def threshold_note(results: Json) -> str:
     more = f" and {len(limits) - SHOWN} more labels" if len(limits) > SHOWN else ""
     fold = "; every fold's own are in results.json" if results.get("folds") else ""
     return (
-        f"The {results.get('best')} head says a label from these probabilities on, which have the "
-        f"greatest F1 on the inner rows: {', '.join(labels)}{more}{fold}."
+        f"The {results.get('best')} head says a label from these probabilities on, which have the greatest "
+        f"F1 on the inner rows: {', '.join(labels)}{more}{fold}."
     )
 
 

@@ -19,7 +19,7 @@ from diptych.finetune.report import write_report
 from .labelled import match_rows, write_config, write_csv, write_task
 from .runs import contents, finetune, permute_test_labels, timeless
 
-CV = "eval.cv={folds: 2, rows: without_test}"
+CV = "eval={cv: {folds: 2, rows: without_test}, seeds: [0], bootstrap: 100}"
 HEADS = "{late: {op: late}}"
 
 
@@ -36,7 +36,7 @@ def looks(run: Path) -> list[dict[str, Any]]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cross-validation without the test rows, and their scores."""
     folder = tmp_path_factory.mktemp("holdout")
-    write_task(folder)
+    write_task(folder, names=4)
     write_config(folder, HEADS)
     finetune(folder, CV)
     holdout(folder, CV)
@@ -54,18 +54,18 @@ def test_the_folds_leave_the_test_rows_out_and_the_holdout_is_the_run_on_fixed_s
 ) -> None:
     run = made / "run"
     folds, held = (json.loads((p / "results.json").read_text()) for p in (run, run / "holdout"))
-    split = {row[0]: row[5] for row in match_rows(tmp_path)}
+    split = {row[0]: row[5] for row in match_rows(tmp_path, names=4)}
     out_of_fold = pq.read_table(run / "predictions.parquet")["id"].to_pylist()
     assert sorted(out_of_fold) == sorted(i for i, name in split.items() if name != "test")
     assert [split[i] for i in pq.read_table(run / "holdout" / "predictions.parquet")["id"].to_pylist()] == [
         "test"
-    ] * 32
-    assert (folds["n_test"], held["n_test"]) == (128, 32)
+    ] * 16
+    assert (folds["n_test"], held["n_test"]) == (64, 16)
     assert "folds" not in held
     assert "test_looks" not in folds
-    write_task(tmp_path)
+    write_task(tmp_path, names=4)
     write_config(tmp_path, HEADS)
-    fixed = finetune(tmp_path)
+    fixed = finetune(tmp_path, "eval.seeds=[0]")
     assert timeless(fixed) | {"checkpoint": held["checkpoint"]} == timeless(
         {k: v for k, v in held.items() if k != "holdout"}
     )
@@ -81,7 +81,7 @@ def test_labels_of_the_test_rows_change_nothing_of_the_folds(
 ) -> None:
     copy(made, tmp_path)
     shutil.rmtree(tmp_path / "run")
-    permute_test_labels(tmp_path)
+    permute_test_labels(tmp_path, names=4)
     read: list[int] = []
     encode = checks.encode_targets
 
@@ -96,14 +96,14 @@ def test_labels_of_the_test_rows_change_nothing_of_the_folds(
     assert contents(tmp_path / "run") == {
         name: data for name, data in contents(made / "run").items() if not name.startswith("holdout")
     }
-    rows = match_rows(tmp_path)
+    rows = match_rows(tmp_path, names=4)
     assert {rows[i][5] for i in read} == {"train", "val"}
 
 
 def test_a_seeded_test_split_is_left_out_of_the_folds_too(tmp_path: Path) -> None:
     write_task(tmp_path, names=4)
     write_config(tmp_path, HEADS)
-    words = (CV, "data.split=null", "data.test_share=0.3", "eval.seeds=[0]")
+    words = (CV, "data.split=null", "data.test_share=0.3")
     finetune(tmp_path, *words)
     results = holdout(tmp_path, *words)
     folds, held = (
@@ -124,21 +124,21 @@ def test_looks_at_the_test_split_are_counted_once_per_set_of_models(
     capsys.readouterr()
     assert holdout(tmp_path, CV)["test_looks"] == 1
     out = capsys.readouterr().out
-    assert "the cross-validation of this config leaves out" in out
-    assert "have been looked at once in this folder" in out
+    assert "The cross-validation of this config leaves its rows out" in out
+    assert "Scored on the held-out test split, the first time in this folder." in out
     assert holdout(tmp_path, CV)["test_looks"] == 1  # the same models have the same scores
     assert holdout(tmp_path, CV, "adapt.lr=0.01")["test_looks"] == 2
     assert holdout(tmp_path, CV, "eval.threshold=0.3")["test_looks"] == 3
-    assert "looked at 3 times in this folder" in " ".join(capsys.readouterr().out.split())
+    assert "set of models number 3 of this folder" in " ".join(capsys.readouterr().out.split())
     assert holdout(tmp_path, CV)["test_looks"] == 3
     lines = looks(run)
     assert [line["look"] for line in lines] == [1, 2, 3]
     assert len({line["key"] for line in lines}) == 3
-    assert lines[0]["n_test"] == 32
+    assert lines[0]["n_test"] == 16
     page = write_report([tmp_path / "run"], tmp_path / "r.html").read_text()
     assert "run/holdout" in page
     assert "Scored by cross-validation, 2 folds without the rows of the test split" in page
-    assert "looked at 3 times in this folder" in page
+    assert "set of models number 3 of this folder" in page
     (run / "test_looks.jsonl").write_text("no JSON")
     assert main(["finetune", str(tmp_path / "finetune.yaml"), "--holdout", CV]) == 2
     assert "test_looks.jsonl cannot be read" in capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_cross_validation_of_all_rows_is_told_beside_the_holdout(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy(made, tmp_path)
-    results = holdout(tmp_path, "eval.cv={folds: 2}")
+    results = holdout(tmp_path, CV.replace("without_test", "all"))
     assert results["holdout"]["cv"]["rows"] == "all"
     assert "what was chosen by it has seen them" in " ".join(capsys.readouterr().out.split())
 
@@ -200,12 +200,12 @@ def test_validate_looks_at_what_will_be_scored(
         parts = json.loads(capsys.readouterr().out)["parts"]
         shown.append([(part["name"], part["rows"]) for part in parts])
     assert [name for name, _ in shown[0]] == ["repeat 0, fold 0", "repeat 0, fold 1"]
-    assert sum(n for _, n in shown[0]) == 128
-    assert shown[1] == [("train", 96), ("inner", 32), ("test", 32)]
-    rows = match_rows(tmp_path)
+    assert sum(n for _, n in shown[0]) == 64
+    assert shown[1] == [("train", 48), ("inner", 16), ("test", 16)]
+    rows = match_rows(tmp_path, names=4)
     rows = [[*row[:5], "test" if row[4] == "s0" else "train"] for row in rows]
     write_csv(tmp_path / "match.csv", rows)
     assert np.mean([row[5] == "test" for row in rows]) == 0.1
     capsys.readouterr()
     main(["finetune", config, "--validate", "--json", CV])
-    assert sum(part["rows"] for part in json.loads(capsys.readouterr().out)["parts"]) == 144
+    assert sum(part["rows"] for part in json.loads(capsys.readouterr().out)["parts"]) == 72

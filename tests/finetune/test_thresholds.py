@@ -43,8 +43,8 @@ def brute_force(truth: Any, p: Any) -> float:
     return -max(found)[2]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), probabilities), min_size=1, max_size=20))
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), probabilities), min_size=1, max_size=8))
 def test_the_threshold_is_that_of_brute_force(rows: list[tuple[bool, float]]) -> None:
     truth, p = np.array([t for t, _ in rows]), np.array([value for _, value in rows])
     found = best_threshold(truth, p)
@@ -99,6 +99,7 @@ def test_a_run_scores_and_predicts_with_thresholds_of_its_inner_rows(
     truth = np.array(table["target"]) == "1"
     inner = [row for row in match_rows(tmp_path) if row[5] == "val"]
     test = [row for row in match_rows(tmp_path) if row[5] == "test"]
+    path = write_csv(tmp_path / "test.csv", test)
     for name, head in results["heads"].items():
         t = results["threshold"]["heads"][name]["1"]
         predictor = Predictor.load(run, head=name)
@@ -110,7 +111,6 @@ def test_a_run_scores_and_predicts_with_thresholds_of_its_inner_rows(
         assert head["metrics"]["accuracy"]["value"] == pytest.approx(sk.accuracy_score(truth, said))
         assert head["metrics"]["f1"]["value"] == pytest.approx(f1(truth, said))
         assert head["metrics"]["auroc"]["value"] == pytest.approx(sk.roc_auc_score(truth, table[f"{name}:1"]))
-        path = write_csv(tmp_path / "test.csv", test)
         assert predictor.predict(path) == ["1" if one else "0" for one in said]
         assert predictor.evaluate(path)["metrics"]["f1"]["value"] == pytest.approx(f1(truth, said))
     cells = results["missing"]["cells"]
