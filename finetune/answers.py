@@ -61,9 +61,7 @@ def answer_table(
     """
     check_out(out)
     table = open_source(source, form, key="--format")
-    for k, name in predictor.modalities.items():
-        if name not in table.names and any(other in table.names for other in predictor.modalities.values()):
-            say(f"{source} has no column '{name}': all rows are answered without {k}")
+    _tell_absent(predictor, table, say)
     folder = PictureFolder(table.folder, root)
     made = _made(predictor, explain)
     schema = _schema(table, made, as_text=out.suffix.lower() != ".parquet")
@@ -83,6 +81,20 @@ def answer_table(
             done += len(rows)
             advance(len(rows))
     return done
+
+
+def _tell_absent(predictor: Predictor, table: Source, say: Callable[[str], None]) -> None:
+    """Say which columns the table lacks; of all of them parsing speaks."""
+    named = {k: [n for names in m.columns.values() for n in names] for k, m in predictor.modalities.items()}
+    if not any(name in table.names for names in named.values() for name in names):
+        return
+    for k, names in named.items():
+        absent = [name for name in names if name not in table.names]
+        lacks = f"{table.name} has no column {', '.join(repr(name) for name in absent)}"
+        if len(absent) == len(names):
+            say(f"{lacks}: all rows are answered without {k}")
+        elif absent:
+            say(f"{lacks}: all rows are answered as if it were empty")
 
 
 SEPARATED = (".csv", ".tsv")

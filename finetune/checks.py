@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..configs.errors import UserError
+from .columns import fit_columns
 from .config import FinetuneConfig
 from .folds import Fold
 from .fusion import check_heads
@@ -115,9 +116,18 @@ def _check_weights(config: FinetuneConfig, rows: Rows, part: Planned, targets: T
         raise UserError(f"{_of(fold)}{error}") from error
 
 
+def _check_columns(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targets, task: Task) -> None:
+    fold, splits = part
+    try:
+        fit_columns(rows.take(splits.train))
+    except UserError as error:
+        raise UserError(f"{_of(fold)}{error}") from error
+
+
 CHECKS: dict[str, Check] = {
     "early_stopping": _check_metric,
     "heads": _check_heads,
+    "columns": _check_columns,
     "weights": _check_weights,
     "inner_metric": check_inner,
 }

@@ -3,6 +3,7 @@
 The heads' own options stand in ``head_config.py``, the task's in ``task_config.py``.
 """
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -10,12 +11,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..configs.load import StrictModel
 from ..pretrain.tracking import TrackingConfig
 from .adapt_config import AdaptConfig, of_encoders
-from .head_config import OPTIONS, SINGLE, STAGES, HeadConfig, Link
+from .head_config import OPTIONS, STAGES, HeadConfig, Link
+from .modality_config import ENCODED, ModalityConfig, check_names
 from .task_config import TaskConfig
 
 __all__ = [
+    "ENCODED",
     "OPTIONS",
-    "SINGLE",
     "STAGES",
     "AdaptConfig",
     "CvConfig",
@@ -31,12 +33,6 @@ __all__ = [
 ]
 
 
-class ModalityConfig(StrictModel):
-    """One modality of the table."""
-
-    column: str
-
-
 class LabelledDataConfig(StrictModel):
     """The labelled table. Columns are declared, never guessed."""
 
@@ -46,11 +42,13 @@ class LabelledDataConfig(StrictModel):
     ``corpus:NAME/FILE`` is a place of a fetched corpus."""
     format: Literal["table", "shards", "folders"] | None = None
     """What the manifest is. Null is what its ending says; of folders it must be said."""
-    modalities: dict[Literal["image", "text"], ModalityConfig] = Field(
+    modalities: dict[str, ModalityConfig] = Field(
         default={"image": ModalityConfig(column="image"), "text": ModalityConfig(column="text")}
     )
-    """Columns by modality. An image cell is a path relative to the manifest, bytes, or ``FOLDER#KEY``, a
-    sample of a shard folder. An empty cell is a missing modality."""
+    """Columns by modality: ``image`` and ``text``, which the checkpoint's towers read, and others of any
+    name, as ``tabular: {numeric: [price], categorical: [brand]}`` or ``audio: {embedding: sound}``. An
+    image cell is a path relative to the manifest, bytes, or ``FOLDER#KEY``, a sample of a shard folder. An
+    empty cell is a missing modality."""
     root: str | None = None
     """Folder that image paths may not leave; null is the manifest's own."""
     id: str | None = None
@@ -78,9 +76,8 @@ class LabelledDataConfig(StrictModel):
 
     @field_validator("modalities")
     @classmethod
-    def _some(cls, value: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
-        if not value:
-            raise ValueError("name at least one modality, for instance {image: {column: image}}")
+    def _names(cls, value: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
+        check_names(value)
         return value
 
 
@@ -194,33 +191,57 @@ class FinetuneConfig(StrictModel):
     @field_validator("heads", mode="after")
     @classmethod
     def _names(cls, value: dict[str, HeadConfig]) -> dict[str, HeadConfig]:
-        for name, head in value.items():
+        for name in value:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"'{name}' names a folder: use letters, digits, - and _")
-            if name in (*SINGLE, "concat") and head.op != name:
-                raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
         return value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        both = len(self.data.modalities) > 1
         for name, head in self.heads.items():
+            if name in (*ENCODED, *self.data.modalities, "concat") and head.op != name:
+                raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
+            self._check_modalities(name, head)
             adapt = self.adapt_of(name)
             frozen = head.needs_frozen
             if frozen and adapt.tunes_encoders:
                 raise ValueError(f"heads.{name}: {frozen}; set its adapt.method: linear_probe")
-            head.check_modalities(name, tuple(self.data.modalities))
             if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
                 raise ValueError(
                     f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "
                     "tasks alone; remove it"
                 )
-            if head.op in SINGLE and head.op not in self.data.modalities:
-                raise ValueError(f"heads.{name}: data.modalities has no {head.op}")
-            if head.op not in SINGLE and not both:
-                raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
+        target = self.task.target
+        for k, declared in self.data.modalities.items():
+            for column in [name for names in declared.columns.values() for name in names]:
+                if column in ((target,) if isinstance(target, str) else target):
+                    raise ValueError(f"data.modalities.{k}: '{column}' is what task.target asks; remove it")
         self._check_task()
         return self
+
+    def _check_modalities(self, name: str, head: HeadConfig) -> None:
+        """What a head cannot do with the modalities of the table."""
+        modalities = self.data.modalities
+        if head.single:
+            if head.op not in modalities:
+                near = get_close_matches(head.op, [*OPTIONS, *modalities], n=1, cutoff=0.6)
+                hint = f"; did you mean '{near[0]}'?" if near else f"; operators are {', '.join(OPTIONS)}"
+                hint = "" if head.op in ENCODED else hint
+                raise ValueError(f"heads.{name}: data.modalities has no {head.op}{hint}")
+            return
+        if len(modalities) < 2:
+            raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
+        head.check_modalities(name, tuple(modalities))
+        if head.op == "similarity" and not set(ENCODED) <= set(modalities):
+            raise ValueError(f"heads.{name}: similarity compares image and text; remove it")
+        if head.reads_inputs:
+            others = [k for k in modalities if k not in ENCODED]
+            if others:
+                raise ValueError(
+                    f"heads.{name}: {head.op} reads image and text alone, not {others[0]}; remove it"
+                )
+            if any(declared.pool for declared in modalities.values()):
+                raise ValueError(f"heads.{name}: {head.op} reads one picture per row; remove it or the pool")
 
     def _check_task(self) -> None:
         """What a kind of task does not have."""
@@ -246,6 +267,11 @@ class FinetuneConfig(StrictModel):
     def _methods_fit(self) -> Self:
         for name in self.all_heads():
             adapt = self.adapt_of(name)
+            if adapt.tunes_encoders and not self._reads_encoders(name):
+                raise ValueError(
+                    f"heads.{name}: {adapt.method} trains encoders, and none is read by this head; set its "
+                    "adapt.method: linear_probe"
+                )
             if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass"):
                 raise ValueError(f"heads.{name}: contrastive needs classes; set another adapt.method")
             if adapt.method == "contrastive" and self.task.type == "binary" and not adapt.class_prompts:
@@ -259,21 +285,36 @@ class FinetuneConfig(StrictModel):
 
     def all_heads(self) -> dict[str, HeadConfig]:
         """The heads with the baselines first."""
-        baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in SINGLE if m in self.data.modalities}
+        order = sorted(self.data.modalities, key=lambda m: ENCODED.index(m) if m in ENCODED else len(ENCODED))
+        baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in order}
         if len(baselines) > 1 and "concat" not in self.heads:
             baselines["concat"] = HeadConfig(op="concat")
         return baselines | self.heads
 
+    def singles(self) -> list[str]:
+        """Names of the heads that read one modality alone."""
+        return [name for name, head in self.all_heads().items() if head.single]
+
+    def _reads_encoders(self, name: str) -> bool:
+        """Whether a head reads a modality of the checkpoint's towers."""
+        head = self.all_heads()[name]
+        return any(k in ENCODED for k in ([head.op] if head.single else self.data.modalities))
+
     def adapt_of(self, name: str) -> AdaptConfig:
         """How a head trains: ``adapt`` with its own keys over it. What ``adapt`` says of encoders is not for
-        heads that name ``linear_probe`` themselves."""
+        heads that name ``linear_probe`` themselves, nor for single modalities that have none."""
         own = self.heads[name].adapt if name in self.heads else {}
         unknown = own.keys() - AdaptConfig.model_fields.keys()
         if unknown:
             known = ", ".join(AdaptConfig.model_fields)
             raise ValueError(f"heads.{name}.adapt: unknown key {sorted(unknown)[0]}; known here: {known}")
         inherited = self.adapt.model_dump()
-        if own.get("method") == "linear_probe" and self.adapt.tunes_encoders:
+        alone = self.all_heads()[name].single and not self._reads_encoders(name)
+        if (
+            self.adapt.tunes_encoders
+            and own.get("method", "linear_probe" if alone else None) == "linear_probe"
+        ):
+            own = {"method": "linear_probe"} | own
             inherited = {key: value for key, value in inherited.items() if not of_encoders(key)}
         try:
             return AdaptConfig.model_validate(inherited | own)

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 from ..configs.errors import UserError
 from ..configs.files import temporary_beside
-from .config import SINGLE
 from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
@@ -58,7 +57,7 @@ def cross_validate(sessions: Sequence[Session], say: Callable[[str], None]) -> J
             train_head(session, name, head, say)
             p[-1][name] = _out_of_fold(session, name)
     inner = {name: _mean([kept_inner(session, name) for session in folds]) for name in heads}
-    best, single = choose(final.task, inner)
+    best, single = choose(final.task, inner, final.config.singles())
     final.journal.histories.append(history_of(final, best))
     train_head(final, best, heads[best], say)
     write_run(final, [best], best)
@@ -159,8 +158,9 @@ def _score(
     documents = _documents(folds, inner)
     result = evaluate(final, rows, truth, together, decisions, documents, best=best, single=single, more=more)
     first = said if final.task.metrics[0] in DECIDED else p  # what the first metric is of
-    if best not in SINGLE:
-        chosen = [choose(s.task, {name: kept_inner(s, name) for name in inner}) for s in folds]
+    singles = final.config.singles()
+    if best not in singles:
+        chosen = [choose(s.task, {name: kept_inner(s, name) for name in inner}, singles) for s in folds]
         heads, singles = ([pair[i] for pair in chosen] for i in (0, 1))
         answers = (_joined(first, names, order) for names in (heads, singles))
         result["chosen_per_fold"] = {"heads": heads} | rechosen(final, rows, truth, *answers)

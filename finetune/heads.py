@@ -15,7 +15,6 @@ from ..pretrain.model import LoadedModel
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
-from .fusion import STAGES
 from .joint import start_joint
 from .presence import Shown, logits_under
 from .retention import mean_retention, told
@@ -104,6 +103,7 @@ def _fit_seed(
         session.part(session.splits.inner),
         widths=session.widths,
         token_widths=session.token_widths,
+        pooled=session.pooled,
         seed=seed,
         init_seed=None if adapt.soup == "none" else session.config.eval.seeds[0],
         calibration=session.config.eval.calibration,
@@ -115,9 +115,10 @@ def _fit_seed(
 
 
 def _live(session: Session, model: LoadedModel, rows: Ints) -> LiveRows:
-    part = session.rows.take(rows)
-    limit = session.config.data.max_pixels
-    return LiveRows(model, part.images, part.texts, part.modalities, limit, PictureReader())
+    limit, columns = session.config.data.max_pixels, session.columns.take(rows)
+    return LiveRows(
+        model, session.rows.take(rows), limit, PictureReader(), columns if columns.index else None
+    )
 
 
 def _document(
@@ -135,7 +136,7 @@ def _document(
         own = {"seed": seed, "best_epoch": got.best_epoch, "scale": got.scale, "shift": got.shift}
         seeds.append(own | got.facts)
     p = np.mean(parts, axis=0)
-    stage, level = STAGES[head.op]
+    stage, level = head.stage
     targets = session.targets[inner_rows]
     return {
         "name": name,
@@ -143,6 +144,7 @@ def _document(
         "adapt": json.loads(adapt.model_dump_json()),
         "stage": stage,
         "level": level,
+        "columns": {k: json.loads(state.model_dump_json()) for k, state in session.states.items()},
         "params": sum(q.numel() for q in members[0][1].head.parameters()) + members[0][1].trained,
         "inner": inner_scores(session.task, torch.from_numpy(targets), p),
         "thresholds": choose_thresholds(session.task, targets, p),
@@ -170,7 +172,9 @@ def head_probabilities(session: Session, name: str, rows: Ints) -> Floats:
 def head_answers(session: Session, name: str, rows: Ints, shown: Sequence[Shown]) -> list[Floats]:
     """Calibrated probabilities [n, C] of a saved head, averaged over its seeds, for each way of hiding
     modalities of the rows."""
-    saved = read_head(session.head_folder(name), session.widths, session.token_widths, session.task)
+    saved = read_head(
+        session.head_folder(name), session.widths, session.token_widths, session.task, session.pooled
+    )
     parts: list[list[Floats]] = [[] for _ in shown]
     for one in saved:
         if one.encoder is None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import SINGLE
 from .heads import head_answers
 from .intervals import paired_intervals
 from .presence import Shown
@@ -85,7 +84,7 @@ def _seen(session: Session, rows: Ints) -> list[dict[str, NDArray[np.bool_]]]:
 def missing_answers(session: Session, name: str, rows: Ints) -> Floats:
     """Probabilities [S, n, C] of a saved head on the rows in each of the S scenarios; S is 0 for a head that
     reads one modality and where there is one alone."""
-    if session.config.all_heads()[name].op in SINGLE or not scenarios(session.rows.modalities):
+    if session.config.all_heads()[name].single or not scenarios(session.rows.modalities):
         return np.zeros((0, len(rows), 1))
     return np.stack(head_answers(session, name, rows, _seen(session, rows)))
 

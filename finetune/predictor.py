@@ -4,6 +4,7 @@ Tables are files, pandas data frames, pyarrow tables, dicts of columns or lists 
 missing in some rows, or in all of them by leaving out its column.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ..configs.errors import UserError
 from ..pretrain.model import LoadedModel
 from .cells import PictureFolder
+from .columns import column_features, read_states
 from .config import LabelledDataConfig, ModalityConfig
 from .explain import Explanation, coalitions, explained_class, shapley, values_of
 from .features import FeatureRows, Progress, extract, silent
@@ -47,8 +49,11 @@ class Predictor:
         """What stood between the labels of the training table's cells (multilabel), if they were text."""
         self.classes: list[str] = list(info["classes"])
         """Class names in the order of ``predict_proba``'s columns."""
-        self.modalities: dict[str, str] = dict(info["modalities"])
-        """Column per modality."""
+        self.modalities: dict[str, ModalityConfig] = declared_in(info["modalities"])
+        """The modalities and their columns."""
+        document = read_json(run / "heads" / name / "head.json")
+        self.states = read_states(document.get("columns", {}))
+        """How cells of modalities without encoder become vectors."""
         self.has_weights = has_weights(saved[0].head)
         """Whether the head weighs its modalities."""
         self.thresholds: list[float] = info.get("thresholds", {}).get(name, [0.5] * len(self.classes[-1:]))
@@ -80,7 +85,9 @@ class Predictor:
                 f"{run}: head '{name}' was trained again by a run that did not finish; let diptych finetune "
                 "finish it"
             )
-        saved = read_head(run / "heads" / name, info["widths"], info["token_widths"], task)
+        saved = read_head(
+            run / "heads" / name, info["widths"], info["token_widths"], task, info.get("pooled", ())
+        )
         return cls(run, info, name, saved, place)
 
     @property
@@ -264,11 +271,12 @@ class Predictor:
         )
         if broken:
             first = min(broken)
+            picture, reason = broken[first]
             raise UserError(
-                f"{rows.source}: row {rows.first + first + 1}: image {rows.images[first]} cannot be read: "
-                f"{broken[first]}; mend it or empty the cell"
+                f"{rows.source}: row {rows.first + first + 1}: image {picture} cannot be read: {reason}; "
+                "mend it or empty the cell"
             )
-        return features.to(self._device)
+        return features.beside(column_features(rows, self.states)).to(self._device)
 
     def read(
         self, path: str | Path, root: str | Path | None = None, format: Form | None = None
@@ -288,9 +296,14 @@ class Predictor:
 
     def parse(self, columns: Columns, folder: PictureFolder, source: str, first: int = 0) -> Rows:
         """Rows of columns, or of a chunk of them with ``first`` rows before it."""
-        modalities: Any = {k: ModalityConfig(column=c) for k, c in self.modalities.items()}
-        config = LabelledDataConfig(manifest=source, modalities=modalities, id=self._info["id"])
+        config = LabelledDataConfig(manifest=source, modalities=self.modalities, id=self._info["id"])
         return parse_rows(columns, config, folder, source=source, target=None, first=first)
+
+
+def declared_in(modalities: Mapping[str, Any]) -> dict[str, ModalityConfig]:
+    """The modalities of run.json; earlier runs name the column of each alone."""
+    given = {k: {"column": m} if isinstance(m, str) else m for k, m in modalities.items()}
+    return {k: ModalityConfig.model_validate_json(json.dumps(m)) for k, m in given.items()}
 
 
 def _columns(table: Any) -> Columns:

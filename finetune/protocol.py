@@ -58,7 +58,9 @@ def _fixed(session: Session, say: Say) -> dict[str, Any]:
     session.journal.histories = [history_of(session, name) for name in heads]
     for name, head in heads.items():
         train_head(session, name, head, say)
-    best, single = choose(session.task, {name: kept_inner(session, name) for name in heads})
+    best, single = choose(
+        session.task, {name: kept_inner(session, name) for name in heads}, session.config.singles()
+    )
     write_run(session, list(heads), best)
     test, task = session.splits.test, session.task
     p = {}

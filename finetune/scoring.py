@@ -1,14 +1,13 @@
 """What a run makes of its trained heads: which one it recommends, and scores of rows that none has seen."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..configs.files import atomic_write_text
 from ..pretrain.statistics import Interval
-from .config import SINGLE
 from .heads import kept_thresholds
 from .intervals import paired_intervals
 from .results import SHARES, headline, make_results, write_predictions
@@ -32,15 +31,16 @@ __all__ = [
 Json = dict[str, Any]
 
 
-def choose(task: Task, inner: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """The recommended head and the best single modality, both by the inner rows alone."""
+def choose(task: Task, inner: Mapping[str, Mapping[str, float]], singles: Collection[str]) -> tuple[str, str]:
+    """The recommended head and the best single modality, both by the inner rows alone. ``singles``: names of
+    the heads that read one modality."""
     sign = 1 if higher_is_better(task.primary) else -1
 
     def score(name: str) -> tuple[float, float]:
         return sign * inner[name][task.primary], -inner[name]["loss"]
 
-    fused = [name for name in inner if name not in SINGLE] or list(inner)
-    return max(fused, key=score), max((name for name in inner if name in SINGLE), key=score)
+    fused = [name for name in inner if name not in singles] or list(inner)
+    return max(fused, key=score), max((name for name in inner if name in singles), key=score)
 
 
 def write_run(session: Session, heads: list[str], best: str) -> None:
@@ -50,13 +50,16 @@ def write_run(session: Session, heads: list[str], best: str) -> None:
         "task": session.task.type,
         "classes": list(session.task.classes),
         "target": session.config.task.target,
-        "modalities": {k: m.column for k, m in data.modalities.items()},
+        "modalities": {
+            k: m.model_dump(mode="json", exclude_defaults=True) for k, m in data.modalities.items()
+        },
         "separator": session.config.task.separator,
         "id": data.id,
         "group": data.group,
         "bootstrap": session.config.eval.bootstrap,
         "widths": session.widths,
         "token_widths": session.token_widths,
+        "pooled": session.pooled,
         "max_pixels": data.max_pixels,
         "heads": heads,
         "keys": {name: read_json(session.head_folder(name) / "head.json")["key"] for name in heads},

@@ -18,7 +18,9 @@ from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
 from ..pretrain.model import LoadedModel, load_model
 from .adapt import Part
+from .cells import Picture
 from .checks import check_inner, prepare, without
+from .columns import ColumnState, column_features, fit_columns
 from .config import FinetuneConfig, LabelledDataConfig
 from .encoders import check_methods
 from .features import FeatureRows, Progress, encoder_fingerprint, extract
@@ -52,6 +54,8 @@ class Session:
     features: FeatureRows
     progress: Progress
     journal: Journal
+    states: dict[str, ColumnState]
+    """How cells of modalities without encoder become vectors, by the training rows."""
     place: Path
     """Where ``heads/`` stands: the run's folder, or a fold's."""
     fold: Fold | None = None
@@ -67,12 +71,25 @@ class Session:
         found = {k: self.features.tables.get(f"{k}_tokens") for k in self.rows.modalities}
         return {k: int(t.shape[2]) for k, t in found.items() if t is not None} or None
 
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """Modalities of several vectors per row, which heads pool."""
+        return tuple(k for k in self.rows.modalities if f"{k}_set" in self.features.tables)
+
+    @property
+    def columns(self) -> FeatureRows:
+        """Features of all rows' modalities without encoder."""
+        tables, index = self.features.tables, self.features.index
+        return FeatureRows({k: tables[k] for k in self.states}, {k: index[k] for k in self.states})
+
     @cached_property
     def data_key(self) -> str:
         """Hash of what heads see of the data: features and labels of training and inner rows, none of the
         test's."""
         parts = [VERSION, self.fingerprint, self.rows.modalities, *asdict(self.task).values()]
-        digest = hashlib.sha256(json.dumps(parts).encode())
+        states = {k: state.model_dump(mode="json") for k, state in self.states.items()}
+        pools = {k: declared.pool for k, declared in self.rows.declared.items()}
+        digest = hashlib.sha256(json.dumps([*parts, states, pools], sort_keys=True).encode())
         digest.update(json.dumps(self.rows.take(self.splits.train).weights).encode())
         for rows in (self.splits.train, self.splits.inner):
             digest.update(self.targets[rows].tobytes())
@@ -93,6 +110,9 @@ class Session:
             items = index[torch.from_numpy(rows)].cpu()
             digest.update((items >= 0).numpy().tobytes())
             digest.update(self.features.tables[k].cpu()[items[items >= 0]].numpy().tobytes())
+            for some in items[items >= 0].split(4096) if k in self.pooled else ():
+                every = self.features.several(k, some.to(index.device), tokens=False)
+                digest.update(every[f"{k}_set"].cpu().numpy().tobytes())
 
     def head_folder(self, name: str) -> Path:
         """Where a head of this run or fold is kept."""
@@ -129,7 +149,9 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(config.model.checkpoint, device=device_of(config.device))
     task = prepared[0][1]
-    check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
+    fitted = fit_columns(rows.take(parts[-1][1].train))
+    widths = {k: fitted[k].width if k in fitted else model.embed_dim for k in rows.modalities}
+    check_heads(config.heads, widths, task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
     say(f"{_sizes(config, parts[-1][1])}; stopping by {task_metric}")
@@ -150,14 +172,16 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         for part, (targets, task) in zip(parts, prepared, strict=True):
             check_inner(config, rows, part, targets, task)
     features = features.to(model.device)
+    states = [fit_columns(rows.take(splits.train)) for _, splits in parts]
     places = [folder / fold.name if fold else folder for fold, _ in parts]
     journal = Journal(folder, config)
     sessions = [
         Session(
-            config, folder, rows, splits, targets, task, model, fingerprint, features, progress, journal,
+            config, folder, rows, splits, targets, task, model, fingerprint,
+            features.beside(column_features(rows, state).to(model.device)), progress, journal, state,
             place, fold,
         )
-        for place, (fold, splits), (targets, task) in zip(places, parts, prepared, strict=True)
+        for place, (fold, splits), (targets, task), state in zip(places, parts, prepared, states, strict=True)
     ]  # fmt: skip
     save_encoder(model, folder / "encoder", fingerprint)
     atomic_write_text(folder / "config.yaml", to_yaml(config))
@@ -207,19 +231,22 @@ def too_many(rows: Rows, left_out: int) -> bool:
     return left_out > max(1, QUARANTINE_SHARE * (len(rows) + len(rows.damaged)))
 
 
-def _quarantine(config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, str]) -> None:
+def _quarantine(
+    config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, tuple[Picture, str]]
+) -> None:
     """List broken rows and damaged samples in quarantine.csv, or say which one to mend."""
     what = str(rows.damaged[0]) if rows.damaged else ""
     if broken:
         first = min(broken)
-        what = f"{rows.source}: row {first + 1}: image {rows.images[first]} cannot be read: {broken[first]}"
+        picture, reason = broken[first]
+        what = f"{rows.source}: row {first + 1}: image {picture} cannot be read: {reason}"
     if broken and config.data.on_error == "raise":
         more = f" ({len(broken)} such rows)" if len(broken) > 1 else ""
         raise UserError(f"{what}{more}; mend it, empty the cell, or set data.on_error=quarantine")
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["row", "id", "image", "reason"])
-    writer.writerows([i + 1, rows.ids[i], str(rows.images[i]), broken[i]] for i in sorted(broken))
+    writer.writerows([i + 1, rows.ids[i], *map(str, broken[i])] for i in sorted(broken))
     writer.writerows(["", one.key, one.place, one.reason] for one in rows.damaged)
     atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
     if too_many(rows, left_out := len(broken) + len(rows.damaged)):

@@ -6,7 +6,7 @@ compared by the sha256 of their bytes and texts by their words: two encodings of
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..configs.errors import UserError
 from ..data.canonical import canonical_caption
 from ..pretrain.model import load_model
-from .cells import BrokenPicture, PictureReader
+from .cells import BrokenPicture, Picture, PictureReader
 from .checks import Planned, faults
 from .config import FinetuneConfig
 from .features import Progress, silent
@@ -30,6 +30,8 @@ __all__ = ["Finding", "same_words", "validate"]
 Json = dict[str, Any]
 EXAMPLES = 5
 TEXT_BATCH = 1024
+Contents = Sequence[tuple[Hashable, ...]]
+"""Of every row what it shows, by which it is compared with others."""
 MISSING_GAP = 0.1  # shares of a missing modality that differ by more than this are worth a note
 
 
@@ -70,12 +72,14 @@ def validate(config: FinetuneConfig, *, progress: Progress = silent) -> Json:
     parts = _named(config, planned)
     shown = _shown(config, parts, len(rows))
     _small_classes(config, rows, parts, targets, classes, findings)
-    contents = {"group": list[Hashable](rows.groups)}
+    contents: dict[str, Contents] = {"group": [(group,) for group in rows.groups]}
+    broken: list[int] = []
     if "image" in rows.modalities:
-        contents["image"] = _pictures(config, rows, findings, progress)
-    _faults(config, rows, planned, contents.get("image", []), findings)
+        contents["image"], broken = _pictures(config, rows, findings, progress)
+    _faults(config, rows, planned, broken, findings)
     if "text" in rows.modalities:
-        contents["text"] = [None if text is None else same_words(text) for text in rows.texts]
+        texts = rows.cells["text"]
+        contents["text"] = [() if text is None else (same_words(text),) for text in texts]
     leakage = _leakage(config, rows, _tests(config, parts), contents, targets, findings)
     report: Json = {
         "table": rows.source,
@@ -142,12 +146,11 @@ def _faults(
     config: FinetuneConfig,
     rows: Rows,
     planned: Sequence[Planned],
-    pictures: Sequence[Hashable],
+    broken: Sequence[int],
     findings: list[Finding],
 ) -> None:
     """What the run would refuse; a small class, which is told already, is not told twice."""
     small = any(finding.kind == "small_class" and finding.fails for finding in findings)
-    broken = [i for i, found in enumerate(pictures) if found is None and rows.images[i] is not None]
     for kind, text in faults(config, rows, planned, broken).items():
         if not (small and kind == "targets"):
             findings.append(Finding(kind, True, text))
@@ -186,10 +189,7 @@ def _histogram(targets: Any, classes: Sequence[str]) -> Callable[[Ints], Json]:
 
 
 def _part(rows: Rows, name: str, chosen: Ints, histogram: Callable[[Ints], Json]) -> Json:
-    cells = {"image": rows.images, "text": rows.texts}
-    missing = {
-        k: float(np.mean([cells[k][i] is None for i in chosen])) for k in cells if k in rows.modalities
-    }
+    missing = {k: float(np.mean([cells[i] is None for i in chosen])) for k, cells in rows.cells.items()}
     return {
         "name": name,
         "rows": len(chosen),
@@ -229,10 +229,11 @@ def _small_classes(
 
 def _pictures(
     config: FinetuneConfig, rows: Rows, findings: list[Finding], progress: Progress
-) -> list[Hashable]:
-    """sha256 of every row's picture, None where it is missing or cannot be read."""
-    reader, found = PictureReader(), dict[Any, str | None]()
-    distinct = list(dict.fromkeys(picture for picture in rows.images if picture is not None))
+) -> tuple[Contents, list[int]]:
+    """sha256 of every row's pictures that can be read, and the rows that have others."""
+    reader, found = PictureReader(), dict[Picture, str | None]()
+    cells: list[tuple[Picture, ...]] = [cell or () for cell in rows.cells["image"]]
+    distinct = list(dict.fromkeys(picture for cell in cells for picture in cell))
     with progress("reading pictures", len(distinct)) as advance:
         for picture in distinct:
             try:
@@ -240,13 +241,14 @@ def _pictures(
             except BrokenPicture:
                 found[picture] = None
             advance(1)
-    broken = [i for i, picture in enumerate(rows.images) if picture is not None and found[picture] is None]
+    broken = [i for i, cell in enumerate(cells) if any(found[picture] is None for picture in cell)]
     if broken:
         many = too_many(rows, len(rows.damaged) + len(broken))
         text = f"{len(broken)} rows name a picture that cannot be read; mend them or empty the cells"
         fails = many or config.data.on_error == "raise"
         findings.append(Finding("broken_picture", fails, text, _ids(rows, broken)))
-    return [None if picture is None else found[picture] for picture in rows.images]
+    read = [tuple(dict.fromkeys(sha for picture in cell if (sha := found[picture]))) for cell in cells]
+    return list(read), broken
 
 
 def _ids(rows: Rows, numbers: Sequence[int]) -> tuple[str, ...]:
@@ -257,7 +259,7 @@ def _leakage(
     config: FinetuneConfig,
     rows: Rows,
     tests: Sequence[Part],
-    contents: dict[str, list[Hashable]],
+    contents: Mapping[str, Contents],
     targets: Any,
     findings: list[Finding],
 ) -> list[Json]:
@@ -284,15 +286,16 @@ def _leakage(
     return leakage
 
 
-def _shared(content: Sequence[Hashable], part: Part, targets: Any) -> tuple[list[int], list[int]]:
-    """Test rows whose content is known, and those of them that memory alone answers: all known rows with that
-    content have their label."""
+def _shared(content: Contents, part: Part, targets: Any) -> tuple[list[int], list[int]]:
+    """Test rows of whose content something is known, and those of them that memory alone answers: all known
+    rows with it have their label."""
     labels: dict[Hashable, set[Any]] = defaultdict(set)
     answers = [tuple(np.ravel(target).tolist()) for target in targets]
     for i in part.known:
-        labels[content[i]].add(answers[i])
-    found = [int(i) for i in part.test if content[i] is not None and content[i] in labels]
-    told = [i for i in found if labels[content[i]] == {answers[i]}]
+        for one in content[i]:
+            labels[one].add(answers[i])
+    found = [int(i) for i in part.test if any(one in labels for one in content[i])]
+    told = [i for i in found if any(labels.get(one) == {answers[i]} for one in content[i])]
     return found, told
 
 
@@ -328,7 +331,7 @@ def _missing(parts: Sequence[Json], findings: list[Finding]) -> None:
 def _truncated(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> Json:
     """Texts that are longer than the encoder's context."""
     tokenizer = load_model(config.model.checkpoint).tokenizer
-    texts = [text for text in rows.texts if text is not None]
+    texts = [text for text in rows.cells["text"] if text is not None]
     cut = 0
     for start in range(0, len(texts), TEXT_BATCH):
         tokenizer.pack(texts[start : start + TEXT_BATCH])
