@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders, LoadedModel
 from .class_contrast import ClassContrast, ClassTexts
 from .config import AdaptConfig, HeadConfig, StoppingConfig
 from .encoders import class_texts, encoder_groups, open_encoders, parameter_groups
@@ -46,7 +46,7 @@ class Fitted:
     """
 
     head: Head
-    model: LoadedModel | None
+    model: Encoders | None
     scale: float
     shift: float
     best_epoch: int
@@ -79,7 +79,8 @@ def fit(
     ``live``: the training and inner rows with a model that may be changed, for all methods but
     ``linear_probe``. ``pooled``: modalities of several vectors per row, which the head pools. ``init_seed``:
     gives the head's initial weights in the place of ``seed``. ``log`` gets one row per epoch: ``epoch``,
-    ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``. ``start`` gives a new head what it takes from the encoders, see ``start_joint``.
+    ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``. ``start`` gives a new head what
+    it takes from the encoders, see ``start_joint``.
     """
     task = task.fitted(train.targets)
     train = replace(train, weights=task.weights(train.targets, train.weights))
@@ -114,7 +115,7 @@ def fit(
 @dataclass(frozen=True)
 class _Tuned:
     best_epoch: int
-    model: LoadedModel | None = None
+    model: Encoders | None = None
     trained: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -163,9 +164,10 @@ def _reading(rows: Source, head: Head) -> LiveRows:
     return replace(rows, read=head.modalities)
 
 
-def _contrast(run: Training, model: LoadedModel, train: Part, inner: Part) -> None:
+def _contrast(run: Training, model: Encoders, train: Part, inner: Part) -> None:
     """The contrastive epochs of a run: the encoders of the best one by zero-shot classification stay."""
     task, adapt = run.task, run.adapt
+    assert isinstance(model, LoadedModel)
     texts = ClassTexts(model, class_texts(adapt, task.classes), run.head.modalities, task.outputs)
     contrast = ClassContrast(texts, task, adapt, run.stopping, run.seed, run.log)
     contrast.note = {"phase": "contrastive"}
@@ -182,7 +184,7 @@ def soup(
     adapt: AdaptConfig,
     stopping: StoppingConfig,
     inner: Part,
-    live_of: Callable[[LoadedModel], LiveRows],
+    live_of: Callable[[Encoders], LiveRows],
     calibration: str,
 ) -> list[tuple[int, Fitted]]:
     """One model in the place of the seeds': the mean of their weights, heads and encoders. The members must

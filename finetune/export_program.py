@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.errors import UserError
-from ..pretrain.model import LoadedModel, load_model
+from ..pretrain.model import Encoders
 from .cells import PictureFolder
 from .columns import column_features
+from .encoding import prepare
 from .export import NOTE, Say
 from .features import FeatureRows
 from .head import Head
 from .predictor import Predictor
-from .saved import SavedHead
+from .saved import SavedHead, open_encoder
 from .tables import Columns
 from .tokens import image_tokens, project_text
 
@@ -35,29 +36,30 @@ BATCHES = (1, 5)
 """Batch sizes at which a program is compared with the predictor."""
 
 
-class Encoders(nn.Module):
-    """Both towers on padded batches, giving what a head reads (see ``features``)."""
+class PaddedEncoders(nn.Module):
+    """The towers on padded batches, giving what a head reads (see ``features``)."""
 
-    def __init__(self, model: LoadedModel, head: Head) -> None:
+    def __init__(self, model: Encoders, head: Head) -> None:
         super().__init__()
         self.clip = model.clip
         self.model = [model]  # no submodule: the towers are one already
         self.tokens = head.reads_tokens
         self.modalities = head.modalities
-        self.pad_id = None if model.tokenizer.name is None else int(model.tokenizer.pad_id)
+        clips = "text" not in model.widths or model.tokenizer.name is None
+        self.pad_id = None if clips else int(model.tokenizer.pad_id)
 
     def image(self, pixels: Tensor) -> dict[str, Tensor]:
         """``image``, or ``image_tokens`` of pixels float32 [b, 3, S, S]."""
         model = self.model[0]
         if self.tokens:
             return {"image_tokens": image_tokens(model, pixels)}
-        return {"image": F.normalize(_first(model.clip.visual(model.model.pixels(pixels))), dim=-1)}
+        return {"image": self._scaled("image", model.clip.visual(model.model.pixels(pixels)))}
 
     def text(self, ids: Tensor) -> dict[str, Tensor]:
         """``text``, or ``text_tokens`` and ``text_mask``, of ids int64 [b, L]."""
         text: Any = self.clip.text
         if not self.tokens:
-            return {"text": F.normalize(_first(text(ids)), dim=-1)}
+            return {"text": self._scaled("text", text(ids))}
         if isinstance(text, TextTransformer):
             out = text.forward_intermediates(
                 ids, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
@@ -68,6 +70,10 @@ class Encoders(nn.Module):
             mask = (ids != cast(Any, text.config).pad_token_id).long()
             tokens = text.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
         return {"text_tokens": project_text(text, tokens), "text_mask": self._real(ids)}
+
+    def _scaled(self, kind: str, features: Any) -> Tensor:
+        features = features[0] if isinstance(features, tuple) else features
+        return F.normalize(features, dim=-1) if kind in self.model[0].normalized else features
 
     def _real(self, ids: Tensor) -> Tensor:
         """True for tokens of the text, bool [b, L]: of CLIP's own tokenizer up to the highest id, which ends
@@ -109,9 +115,9 @@ class Fused(nn.Module):
         self.heads = nn.ModuleList([saved.head for saved in predictor.saved])
         places = list(dict.fromkeys(predictor.encoders))
         self.of_seed = [places.index(place) for place in predictor.encoders]
-        self.models = [load_model(place) for place in places]
+        self.models = [open_encoder(place) for place in places]
         head = predictor.saved[0].head
-        self.encoders = nn.ModuleList([Encoders(model, head) for model in self.models])
+        self.encoders = nn.ModuleList([PaddedEncoders(model, head) for model in self.models])
         self.requires_grad_(False)
 
     def forward(
@@ -132,7 +138,9 @@ class Fused(nn.Module):
         present = {k: v for k, v in given.items() if v is not None}
         vectors = {k: v for k, v in columns.items() if not k.endswith("_present")}
         present |= {k: columns[f"{k}_present"] for k in vectors}
-        features = [cast(Encoders, e).features(image, token_ids, vectors, present) for e in self.encoders]
+        features = [
+            cast(PaddedEncoders, e).features(image, token_ids, vectors, present) for e in self.encoders
+        ]
         answers: list[Tensor] = []
         for head, member, place in zip(self.heads, self.members, self.of_seed, strict=True):
             logits = head(features[place], present)
@@ -143,10 +151,6 @@ class Fused(nn.Module):
 class _Calibrated:
     def __init__(self, saved: SavedHead) -> None:
         self.scale, self.shift = saved.scale, saved.shift
-
-
-def _first(features: Any) -> Tensor:
-    return features[0] if isinstance(features, tuple) else features
 
 
 @contextmanager
@@ -195,34 +199,35 @@ def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, flo
     return {"answers" if predictor.task.type == "regression" else "probabilities": found}
 
 
-def _document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
+def _document(predictor: Predictor, model: Encoders) -> dict[str, Any]:
     """What export.json says of inputs and outputs."""
-    side, length = model.image_size, model.tokenizer.context_length
-    shapes = {
-        "image": {"image": f"float32 [b, 3, {side}, {side}]", "image_present": "bool [b]"},
-        "text": {"token_ids": f"int64 [b, {length}]", "text_present": "bool [b]"},
-    }
-    shapes |= {
+    shapes: dict[str, dict[str, str]] = {
         k: {k: f"float32 [b, {state.width}]", f"{k}_present": "bool [b]"}
         for k, state in predictor.states.items()
     }
-    return {
+    known: dict[str, Any] = {}
+    if "image" in predictor.modalities:
+        side = model.image_size
+        shapes["image"] = {"image": f"float32 [b, 3, {side}, {side}]", "image_present": "bool [b]"}
+        known["preprocess"] = model.config["preprocess_cfg"]
+    if "text" in predictor.modalities:
+        words = model.tokenizer
+        shapes["text"] = {"token_ids": f"int64 [b, {words.context_length}]", "text_present": "bool [b]"}
+        known |= {"tokenizer": words.name or "CLIP", "pad_id": words.pad_id}
+    return known | {
         "head": predictor.head,
         "seeds": len(predictor.saved),
         "task": predictor.task.type,
         "classes": predictor.classes,
         "inputs": {name: shape for k in predictor.modalities for name, shape in shapes[k].items()},
         "output": f"float32 [b, {max(1, len(predictor.classes))}]",
-        "preprocess": model.config["preprocess_cfg"],
-        "tokenizer": model.tokenizer.name or "CLIP",
-        "pad_id": model.tokenizer.pad_id,
         "columns": {k: state.model_dump(mode="json") for k, state in predictor.states.items()},
     }
 
 
 def inputs_of(
     predictor: Predictor,
-    model: LoadedModel,
+    model: Encoders,
     images: list[Tensor | None],
     texts: list[str | None],
     columns: FeatureRows | None = None,
@@ -247,7 +252,7 @@ def inputs_of(
     return inputs
 
 
-def _random_rows(predictor: Predictor, model: LoadedModel, n: int) -> tuple[dict[str, Tensor], Columns]:
+def _random_rows(predictor: Predictor, model: Encoders, n: int) -> tuple[dict[str, Tensor], Columns]:
     """A program's inputs for n random rows, and the same rows as a table: the first one has all modalities,
     then one after the other is missing in turn."""
     draw = random.Random(n)
@@ -273,10 +278,12 @@ def _random_rows(predictor: Predictor, model: LoadedModel, n: int) -> tuple[dict
     table: Columns = {column: [row[column] for row in rows] for column in rows[0]}
     parsed = predictor.parse(table, PictureFolder(Path.cwd()), "random rows")
     columns = column_features(parsed, predictor.states) if predictor.states else None
-    return inputs_of(predictor, model, images, texts, columns), table
+    reads = "image" in predictor.modalities
+    prepared = [prepare(model, x) if reads and x is not None else None for x in images]
+    return inputs_of(predictor, model, prepared, texts, columns), table
 
 
-def _difference(predictor: Predictor, model: LoadedModel, program: nn.Module, n: int) -> float:
+def _difference(predictor: Predictor, model: Encoders, program: nn.Module, n: int) -> float:
     """Largest absolute difference of n rows' answers."""
     inputs, table = _random_rows(predictor, model, n)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .cells import Picture, PictureReader
 from .config import ENCODED
 from .encoding import read_pixels
@@ -46,7 +46,7 @@ class LiveRows:
     features are wanted (None: all); of others only the presence is told.
     """
 
-    model: LoadedModel
+    model: Encoders
     rows: Rows
     max_pixels: int
     reader: PictureReader
@@ -80,7 +80,7 @@ class LiveRows:
         return features, present
 
     def _texts(self, items: list[str | None], there: Tensor) -> Tensor:
-        out = torch.zeros(len(items), self.model.embed_dim, device=self.model.device)
+        out = torch.zeros(len(items), self.model.widths["text"], device=self.model.device)
         given = [item for item in items if item is not None]
         if not given:
             return out
@@ -93,7 +93,7 @@ class LiveRows:
         counts = [len(item or ()) for item in items]
         mask = torch.arange(max(1, *counts)) < torch.tensor(counts)[:, None]
         mask = mask.to(self.model.device)
-        out = torch.zeros(*mask.shape, self.model.embed_dim, device=self.model.device)
+        out = torch.zeros(*mask.shape, self.model.widths["image"], device=self.model.device)
         if given := list(chain.from_iterable(item or () for item in items)):
             pixels, broken = read_pixels(self.model, given, self.reader, self.max_pixels)
             assert not any(broken), f"a picture changed while it was trained on: {broken}"

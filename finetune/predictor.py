@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .cells import PictureFolder
 from .columns import column_features, read_states
 from .config import LabelledDataConfig, ModalityConfig
@@ -59,7 +59,7 @@ class Predictor:
         self.thresholds: list[float] = info.get("thresholds", {}).get(name, [0.5] * len(self.classes[-1:]))
         """From which probability on the positive class, or each label, is predicted; none for other tasks."""
         self._info, self._saved, self._device = info, saved, device
-        self._models: dict[Path, LoadedModel] = {}
+        self._models: dict[Path, Encoders] = {}
 
     @classmethod
     def load(cls, run: str | Path, *, head: str | None = None, device: str = "auto") -> "Predictor":
@@ -193,7 +193,8 @@ class Predictor:
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> dict[str, NDArray[np.float32]]:
-        """Embeddings float32 [n, D] per modality, of length 1; NaN in rows where it is missing.
+        """Embeddings float32 [n, D] per modality, of a dual encoder of length 1; NaN in rows where it is
+        missing.
 
         Of heads that were trained with their encoders those of the first seed's: encoders of different seeds
         have no common space. See ``predict_proba`` for what may be given.

@@ -16,7 +16,7 @@ import torch
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
-from ..pretrain.model import LoadedModel, load_model
+from ..pretrain.model import Encoders
 from .adapt import Part
 from .cells import Picture
 from .checks import check_inner, prepare, without
@@ -31,6 +31,7 @@ from .manifest import Rows, Splits, read_rows, split_rows
 from .saved import device_of, save_encoder
 from .targets import Targets, encode_targets
 from .tasks import Ints, Task
+from .unimodal import open_source
 
 __all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder", "too_many"]
 
@@ -49,7 +50,7 @@ class Session:
     splits: Splits
     targets: Targets
     task: Task
-    model: LoadedModel
+    model: Encoders
     fingerprint: str
     features: FeatureRows
     progress: Progress
@@ -147,10 +148,10 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
             "out"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_model(config.model.checkpoint, device=device_of(config.device))
+    model = open_source(config.model, device_of(config.device))
     task = prepared[0][1]
     fitted = fit_columns(rows.take(parts[-1][1].train))
-    widths = {k: fitted[k].width if k in fitted else model.embed_dim for k in rows.modalities}
+    widths = {k: fitted[k].width if k in fitted else model.widths[k] for k in rows.modalities}
     check_heads(config.heads, widths, task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
