@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from ..configs.errors import UserError
 from ..pretrain.model import Encoders
-from .export import NOTE, Say
 from .encoding import prepare
+from .export import NOTE, Say
 from .head import Head
 from .predictor import Predictor
 from .saved import SavedHead, open_encoder
