@@ -19,6 +19,8 @@ from .tower import Tower, reason
 
 __all__ = ["HuggingFaceEncoder", "hf_tower"]
 
+UNRELATED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Keys of a model's config that do not change what it computes in fp32."""
 UNLIMITED = 10**6  # tokenizers without a limit of their own say a huge one
 
 
@@ -48,13 +50,7 @@ def hf_tower(config: TextEncoderConfig) -> Tower:
     if length >= UNLIMITED:
         raise UserError(f"model.text.max_length: the tokenizer of {config.hf} has no limit; give one")
     tokenizer = build_tokenizer(name, length, {"clean": "none"})
-    if transformer.config.pad_token_id is None:
-        transformer.config.pad_token_id = tokenizer.pad_id
-    if transformer.config.pad_token_id != tokenizer.pad_id:
-        raise UserError(
-            f"model.text.hf: {config.hf} pads with {transformer.config.pad_token_id} and its tokenizer with "
-            f"{tokenizer.pad_id}; mend its config.json"
-        )
+    _match_padding(config.hf, transformer.config, tokenizer.pad_id)
     tower = HuggingFaceEncoder(transformer, config.pooling, length).eval()
     first = int(tokenizer.pack(["a"])[0][0])
     try:
@@ -73,10 +69,19 @@ def hf_tower(config: TextEncoderConfig) -> Tower:
         words.save_pretrained(folder)
         return {"hf": folder.name, "pooling": config.pooling, "max_length": length}
 
-    known = transformer.config.to_dict()
-    known.pop("_name_or_path", None)
+    known = {k: v for k, v in transformer.config.to_dict().items() if k not in UNRELATED}
     built = {"hf": known, "pooling": config.pooling}
     return Tower(tower, width, config.normalize, built, keep_hf, tokenizer=tokenizer)
+
+
+def _match_padding(name: str, config: Any, pad_id: int) -> None:
+    """The model masks what it takes for padding, and its tokenizer's padding is what it gets."""
+    own = getattr(config, "pad_token_id", None)
+    if own is not None and own != pad_id:
+        raise UserError(
+            f"model.text.hf: {name} pads with {own} and its tokenizer with {pad_id}; mend its config.json"
+        )
+    config.pad_token_id = pad_id
 
 
 def _hugging_face(name: str) -> tuple[Any, Any]:
@@ -109,6 +114,14 @@ def _hugging_face(name: str) -> tuple[Any, Any]:
     if missing := sorted(told["missing_keys"]):
         raise UserError(
             f"model.text.hf: the weights of {name} lack {missing[0]} and {len(missing) - 1} more; give others"
+        )
+    if len(words) <= len(set(words.all_special_ids)):  # what transformers makes of no files at all
+        raise UserError(f"model.text.hf: {name} has no tokenizer; save the model's own beside it")
+    table = transformer.get_input_embeddings()
+    if isinstance(table, nn.Embedding) and len(words) > table.num_embeddings:
+        raise UserError(
+            f"model.text.hf: the tokenizer of {name} has {len(words):,} tokens and the model embeddings for "
+            f"{table.num_embeddings:,}; give the model's own tokenizer"
         )
     return transformer, words
 

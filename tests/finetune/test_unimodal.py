@@ -195,7 +195,7 @@ def test_the_fingerprint_knows_everything_that_changes_features(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("model", "told"),
     [
         ({"image": {"timm": "resnet5O", "weights": "none"}}, "neither a model of timm nor a folder; did you"),
         ({"image": {"timm": "test_vit", "weights": "none", "image_size": 15}}, "cannot take 15 pixels"),
@@ -205,24 +205,38 @@ def test_the_fingerprint_knows_everything_that_changes_features(tmp_path: Path) 
         ({"text": {"hf": "{empty}", "pooling": "mean"}}, "holds no model.safetensors"),
         ({"text": {"hf": "{cut}", "pooling": "mean"}}, "lack embeddings"),
         ({"text": {"hf": "{t5}", "pooling": "mean"}}, "an encoder and a decoder"),
+        ({"text": {"hf": "{mute}", "pooling": "mean", "max_length": 9}}, "has no tokenizer"),
+        ({"text": {"hf": "{wide}", "pooling": "mean"}}, "23 tokens and the model embeddings for 22"),
+        ({"text": {"hf": "{vit}", "pooling": "mean"}}, "give an encoder of texts"),
+        ({"text": {"hf": "{code}", "pooling": "mean"}}, "custom code"),
     ],
 )
 def test_what_cannot_be_had_is_told_in_one_sentence(
-    tmp_path: Path, model: dict[str, dict[str, Any]], words: str
+    tmp_path: Path, model: dict[str, dict[str, Any]], told: str
 ) -> None:
     folders = {"bert": hf_folder(tmp_path / "bert")}
-    for name in ("empty", "cut", "t5"):
+    for name in ("empty", "cut", "t5", "mute", "wide", "vit", "code"):
         folders[name] = shutil.copytree(folders["bert"], tmp_path / name)
     (folders["empty"] / "model.safetensors").rename(folders["empty"] / "pytorch_model.bin")
     state = transformers.AutoModel.from_pretrained(folders["bert"]).state_dict()
     state.pop("embeddings.word_embeddings.weight")
     save_file(state, folders["cut"] / "model.safetensors", metadata={"format": "pt"})
     (folders["t5"] / "config.json").write_text(json.dumps(transformers.T5Config().to_dict()))
+    for path in folders["mute"].glob("token*"):
+        path.unlink()
+    words = transformers.AutoTokenizer.from_pretrained(folders["wide"])
+    words.add_tokens(["crimson"])
+    words.save_pretrained(folders["wide"])
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.ViTModel(transformers.ViTConfig(**tiny)).save_pretrained(folders["vit"])
+    own = {"model_type": "none", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (folders["code"] / "config.json").write_text(json.dumps(own))
+    (folders["code"] / "own.py").write_text("raise SystemExit('this must not run')")
     filled = {
         k: {key: v.format(**folders) if isinstance(v, str) else v for key, v in one.items()}
         for k, one in model.items()
     }
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         source(**filled)
-    assert words in str(told.value)
-    assert "\n" not in str(told.value)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
