@@ -56,7 +56,7 @@ def modal_rows(folder: Path, n: int = 160, seed: int = 0) -> list[dict[str, Any]
             }
         )
         if i % 23 == 11:
-            rows[-1] |= {"price": None, "stars": None, "brand": None}
+            rows[-1] |= {"price": None, "stars": None, "brand": None, "image": path, "text": "a square"}
     return rows
 
 
