@@ -11,6 +11,7 @@ from ..configs.load import StrictModel
 from ..pretrain.tracking import TrackingConfig
 from .adapt_config import AdaptConfig, of_encoders
 from .head_config import OPTIONS, SINGLE, STAGES, HeadConfig, Link
+from .search_config import SearchConfig, check_search
 from .task_config import TaskConfig
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LabelledDataConfig",
     "Link",
     "ModalityConfig",
+    "SearchConfig",
     "SourceConfig",
     "StoppingConfig",
     "TaskConfig",
@@ -152,6 +154,8 @@ class FinetuneConfig(StrictModel):
     baseline of fusion."""
     adapt: AdaptConfig = AdaptConfig()
     early_stopping: StoppingConfig = StoppingConfig()
+    search: SearchConfig | None = None
+    """Tries several settings per head before it is trained; null trains them as they are written."""
     eval: EvalConfig = EvalConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: TrackingConfig = TrackingConfig()
@@ -226,6 +230,11 @@ class FinetuneConfig(StrictModel):
                 )
             if adapt.soup != "none" and len(self.eval.seeds) < 2:
                 raise ValueError(f"heads.{name}: soup needs two or more eval.seeds; set soup: none")
+        return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        check_search(self)
         return self
 
     def all_heads(self) -> dict[str, HeadConfig]:

@@ -31,6 +31,7 @@ from .heads import head_probabilities, history_of, kept_inner, train_head
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
 from .scoring import choose, evaluate, rechosen, write_run
+from .search import search_results
 from .session import Session
 from .tasks import Floats, Ints, higher_is_better
 
@@ -158,6 +159,7 @@ def _score(
     parts = [_fold_row(s, t, one, best, single) for s, t, one in zip(folds, targets, p, strict=True)]
     hidden = np.concatenate([_hidden(session, best) for session in folds], axis=1)[:, order]
     result |= missing_matrix(final, best, rows, truth, hidden)
+    result |= search_results(folds, final, best)
     cv = final.config.eval.cv
     assert cv is not None
     return result | {
@@ -185,7 +187,8 @@ def _documents(folds: Sequence[Session], inner: Mapping[str, Mapping[str, float]
     for name in inner:
         found = [read_json(session.head_folder(name) / "head.json") for session in folds]
         seconds = sum(one["seconds"] for one in found)
-        documents[name] = found[0] | {"inner": inner[name], "seconds": seconds}
+        params = round(float(np.mean([one["params"] for one in found])))  # a search may choose other widths
+        documents[name] = found[0] | {"inner": inner[name], "seconds": seconds, "params": params}
     return documents
 
 

@@ -24,6 +24,7 @@ from .heads import head_probabilities, history_of, kept_inner, train_head
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
 from .scoring import choose, evaluate, write_run
+from .search import search_results
 from .session import Session, open_sessions, run_folder
 
 __all__ = ["finetune", "run_folder"]
@@ -67,4 +68,5 @@ def _fixed(session: Session, say: Say) -> dict[str, Any]:
     documents = {name: read_json(session.head_folder(name) / "head.json") for name in heads}
     result = evaluate(session, test, session.targets[test], p, documents, best=best, single=single)
     result |= missing_matrix(session, best, test, session.targets[test], hidden)
+    result |= search_results([session])
     return result | {"n_train": len(session.splits.train), "n_inner": len(session.splits.inner)}

@@ -27,6 +27,8 @@ from .fusion import check_heads
 from .journal import Journal
 from .manifest import Rows, Splits, read_rows, split_rows
 from .saved import device_of, save_encoder
+from .search_config import encoder_cost, import_optuna, trainings
+from .search_space import candidates
 from .targets import Targets, encode_targets
 from .tasks import Ints, Task
 
@@ -115,6 +117,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     The sessions are those of ``plan``, over the same rows and features: of fixed splits one, of a
     cross-validation one per fold and last that of all rows.
     """
+    if config.search is not None:
+        import_optuna()
     task_metric = Task(config.task.type, ("0", "1")).check_metric(config.early_stopping.metric)
     rows = read_rows(data_config(config), config.task)
     parts = plan(config, rows)
@@ -123,10 +127,13 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(config.model.checkpoint, device=device_of(config.device))
     task = prepared[0][1]
-    check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
+    for heads in candidates(config):
+        check_heads(heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
     say(f"{_sizes(config, rows, parts[-1][1])}; stopping by {task_metric}")
+    if cost := encoder_cost(config, len(parts[-1][1].train)):
+        say(cost)
     features, broken = extract(
         model,
         rows,
@@ -181,11 +188,10 @@ def plan(config: FinetuneConfig, rows: Rows) -> list[tuple[Fold | None, Splits]]
 def _sizes(config: FinetuneConfig, rows: Rows, splits: Splits) -> str:
     cv = config.eval.cv
     if cv is not None:
-        heads, seeds = len(config.all_heads()), len(config.eval.seeds)
-        trained = (heads * cv.folds * cv.repeats + 1) * seeds
         times = f", {cv.repeats} times" if cv.repeats > 1 else ""
-        return f"{len(rows):,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
-    return f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
+        return f"{len(rows):,} rows in {cv.folds} folds{times}; {trainings(config)}"
+    sizes = f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
+    return sizes if config.search is None else f"{sizes}; {trainings(config)}"
 
 
 def _quarantine(config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, str]) -> None:
