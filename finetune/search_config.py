@@ -164,7 +164,7 @@ def import_optuna() -> Any:
 def trainings(config: "FinetuneConfig") -> str:
     """How many trainings a run makes, in words; of a cross-validation that searches some heads only, at
     most."""
-    heads, cv, seeds = config.all_heads(), config.eval.cv, len(config.eval.seeds)
+    heads, cv, seeds = config.all_heads(), config.eval.folds, len(config.eval.seeds)
     searched = [name for name in heads if is_searched(config, name)]
     trials = 0 if config.search is None else config.search.trials
     pieces = 1 if cv is None else cv.folds * cv.repeats
@@ -180,7 +180,7 @@ def trainings(config: "FinetuneConfig") -> str:
 
 def encoder_cost(config: "FinetuneConfig", rows: int) -> str | None:
     """What a search costs that trains encoders, in words; None for one that does not."""
-    cv = config.eval.cv
+    cv = config.eval.folds
     pieces = 1 if cv is None else cv.folds * cv.repeats
     names = [n for n in config.all_heads() if is_searched(config, n) and config.adapt_of(n).tunes_encoders]
     if config.search is None or not names:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs.load import StrictModel
 from .adapt_config import AdaptConfig
-from .head_config import OPTIONS, SINGLE, HeadConfig
+from .head_config import OPTIONS, SINGLE_OPTIONS, HeadConfig
 
 if TYPE_CHECKING:
     from .config import FinetuneConfig
@@ -76,9 +76,7 @@ def _defaults(config: "FinetuneConfig", head: HeadConfig, adapt: AdaptConfig) ->
     and would take it away."""
     rates = (1e-5, 1e-3) if head.op == "joint" else (1e-4, 3e-2)
     encoder_rates = (3e-5, 3e-3) if adapt.method in ("norm_bias", "lora") else (1e-6, 1e-4)
-    widths = (
-        (0, 64, 256) if head.op in SINGLE else (64, 128, 256) if head.reads_tokens else (64, 128, 256, 512)
-    )
+    widths = (0, 64, 256) if head.single else (64, 128, 256) if head.reads_tokens else (64, 128, 256, 512)
     space: Space = {
         "lr": RangeConfig(low=rates[0], high=rates[1], log=True),
         "weight_decay": RangeConfig(low=1e-3, high=1.0, log=True),
@@ -96,11 +94,11 @@ def _defaults(config: "FinetuneConfig", head: HeadConfig, adapt: AdaptConfig) ->
 def _takes(config: "FinetuneConfig", head: HeadConfig, adapt: AdaptConfig, key: str) -> bool:
     """Whether a setting changes anything in how a head is trained."""
     if key in HEAD_KEYS:
-        return key in OPTIONS[head.op]
+        return key in OPTIONS.get(head.op, SINGLE_OPTIONS)
     if key == "label_smoothing":
         return config.task.type != "regression"
     if key == "modality_dropout":
-        return head.op not in SINGLE and len(config.data.modalities) > 1
+        return not head.single and len(config.data.modalities) > 1
     if key.startswith("lora_"):
         return adapt.method == "lora"
     return adapt.tunes_encoders or not key.startswith("encoder_")
