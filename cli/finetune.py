@@ -112,6 +112,8 @@ def print_report(report: dict[str, Any], console: Any) -> None:
         sizes = [f"{part['rows']:,}", f"{part['groups']:,}"]
         table.add_row(part["name"], *sizes, *shares, escape(", ".join(labels[:SHOWN]) + more))
     console.print(table, "")
+    if "trainings" in report:
+        console.print(f"planned: {report['trainings']}", markup=False, soft_wrap=True)
     for finding in report["findings"]:
         rows = f" (for instance {', '.join(finding['examples'])})" if finding["examples"] else ""
         kind = "FAILS" if finding["fails"] else "note"
@@ -157,6 +159,8 @@ def print_results(result: dict[str, Any], console: Any) -> None:
         _print_folds(result, console)
     if "missing" in result:
         _print_missing(result["missing"], console)
+    if "search" in result:
+        _print_search(result["search"], console)
     console.print(
         f"* chosen on the inner rows; gain: paired, over {result['best_single']}, the best single modality "
         "there",
@@ -214,6 +218,34 @@ def _print_missing(missing: dict[str, Any], console: Any) -> None:
     for seen, cells in lines.items():
         table.add_row(seen if seen in ("both", "all") else f"{seen} alone", *cells)
     console.print(table, "")
+
+
+def _print_search(search: dict[str, Any], console: Any) -> None:
+    """What the search made of each head's inner score, and that this is no score to tell."""
+    from rich.table import Table
+
+    console.print(
+        f"Search: inner {search['metric']} of one seed, the best of {search['trials']} trials. Such scores "
+        "are too hopeful; only those of the test rows count.",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(header_style="", box=None, pad_edge=False)
+    for name in ("head", "as written", "chosen", "time"):
+        table.add_column(name, justify="left" if name == "head" else "right", no_wrap=True)
+    for name, entries in search["heads"].items():
+        means = [_mean([entry[key] for entry in entries]) for key in ("before", "after")]
+        seconds = sum(entry["seconds"] for entry in entries)
+        table.add_row(name, *map(_number, means), f"{seconds:.1f} s")
+    for name in search["as_written"]:
+        table.add_row(name, "-", "not searched", "-")
+    console.print(table, "")
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The mean; None if some training came to no number."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _number(value: float | None, sign: str = "") -> str:

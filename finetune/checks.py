@@ -12,6 +12,7 @@ from .config import FinetuneConfig
 from .folds import Fold
 from .fusion import check_heads
 from .manifest import Rows, Splits
+from .search_space import candidates
 from .targets import Targets, encode_targets, make_task
 from .tasks import Floats, Task, higher_is_better
 
@@ -104,7 +105,8 @@ def _check_metric(config: FinetuneConfig, rows: Rows, part: Planned, targets: Ta
 
 
 def _check_heads(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targets, task: Task) -> None:
-    check_heads(config.heads, {}, task.outputs, task.link)
+    for heads in candidates(config):
+        check_heads(heads, {}, task.outputs, task.link)
 
 
 def _check_weights(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targets, task: Task) -> None:

@@ -13,6 +13,7 @@ from ..pretrain.tracking import TrackingConfig
 from .adapt_config import AdaptConfig, of_encoders
 from .head_config import OPTIONS, STAGES, HeadConfig, Link
 from .modality_config import ENCODED, ModalityConfig, check_names
+from .search_config import SearchConfig, check_search
 from .source_config import ImageEncoderConfig, SourceConfig, TextEncoderConfig
 from .task_config import TaskConfig
 
@@ -29,6 +30,7 @@ __all__ = [
     "LabelledDataConfig",
     "Link",
     "ModalityConfig",
+    "SearchConfig",
     "SourceConfig",
     "StoppingConfig",
     "TaskConfig",
@@ -166,6 +168,8 @@ class FinetuneConfig(StrictModel):
     baseline of fusion."""
     adapt: AdaptConfig = AdaptConfig()
     early_stopping: StoppingConfig = StoppingConfig()
+    search: SearchConfig | None = None
+    """Tries several settings per head before it is trained; null trains them as they are written."""
     eval: EvalConfig = EvalConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: TrackingConfig = TrackingConfig()
@@ -297,6 +301,11 @@ class FinetuneConfig(StrictModel):
                 )
             if adapt.soup != "none" and len(self.eval.seeds) < 2:
                 raise ValueError(f"heads.{name}: soup needs two or more eval.seeds; set soup: none")
+        return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        check_search(self)
         return self
 
     def all_heads(self) -> dict[str, HeadConfig]:

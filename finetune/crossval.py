@@ -30,6 +30,7 @@ from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, 
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
 from .scoring import choose, evaluate, rechosen, threshold_facts, write_run
+from .search import search_results
 from .session import Session
 from .tasks import Floats, Ints, higher_is_better
 from .thresholds import DECIDED, decided
@@ -172,6 +173,7 @@ def _score(
     hidden, seen = (np.concatenate(one, axis=1)[:, order] for one in (lost, found))
     result |= missing_matrix(final, best, rows, truth, hidden, seen)
     result |= threshold_facts(final, {best: kept_thresholds(final, best)})
+    result |= search_results(folds, final, best)
     cv = final.config.eval.cv
     assert cv is not None
     return result | {
@@ -199,7 +201,8 @@ def _documents(folds: Sequence[Session], inner: Mapping[str, Mapping[str, float]
     for name in inner:
         found = [read_json(session.head_folder(name) / "head.json") for session in folds]
         seconds = sum(one["seconds"] for one in found)
-        documents[name] = found[0] | {"inner": inner[name], "seconds": seconds}
+        params = round(float(np.mean([one["params"] for one in found])))  # a search may choose other widths
+        documents[name] = found[0] | {"inner": inner[name], "seconds": seconds, "params": params}
     return documents
 
 

@@ -4,12 +4,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..pretrain.model import Encoders
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
@@ -19,9 +21,12 @@ from .joint import start_joint
 from .presence import Shown, logits_under
 from .retention import mean_retention, told
 from .saved import open_encoder, read_head, read_json, save_head
+from .search import search_head, search_key, told_search
+from .search_space import is_searched
 from .session import Session
 from .tasks import Floats, Ints
 from .thresholds import choose_thresholds, used
+from .training import Diverged, inner_score
 
 __all__ = [
     "head_answers",
@@ -43,6 +48,7 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
     text = json.dumps(
         [part if isinstance(part, str) else part.model_dump() for part in asked], sort_keys=True
     )
+    text += search_key(config, name)
     key = hashlib.sha256(f"{session.data_key}{text}{list(config.eval.seeds)}".encode()).hexdigest()
     history = history_of(session, name)
     fold = session.fold
@@ -51,6 +57,10 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
         journal.keep(history)
         say(f"{label}: kept from before")
         return
+    found = None
+    if is_searched(config, name):
+        found = search_head(session, name, lambda new, how: _inner_of(session, new, how), label)
+        head, adapt = found.head, found.adapt
     journal.begin(history)
     begun, rows = time.perf_counter(), list[dict[str, Any]]()
     members: list[tuple[int, Fitted]] = []
@@ -63,7 +73,10 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
                 rows.append(journal.log(name, where | {"seed": seed} | row))
                 advance(1)
 
-            members.append((seed, _fit_seed(session, head, adapt, seed, record)))
+            try:
+                members.append((seed, _fit_seed(session, head, adapt, seed, record)))
+            except Diverged as error:
+                raise UserError(f"heads.{name}: {error}") from error
     if adapt.soup != "none":
         inner = session.part(session.splits.inner)
         stopping, scaling = config.early_stopping, config.eval.calibration
@@ -72,10 +85,25 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
         )
     seconds = time.perf_counter() - begun
     document: Json = _document(session, name, head, adapt, members) | {"key": key, "seconds": seconds}
+    document |= {} if found is None else {"search": found.document}
     save_head(folder, document, [(seed, got.head, got.model) for seed, got in members])
     atomic_write_text(history, "".join(json.dumps(row) + "\n" for row in rows))
     score = document["inner"][session.task.primary]
-    say(f"{label}: inner {session.task.primary} {score:.3f}, {seconds:.1f} s{told(document)}")
+    more = told(document) + told_search(document)
+    say(f"{label}: inner {session.task.primary} {score:.3f}, {seconds:.1f} s{more}")
+
+
+def _inner_of(session: Session, head: HeadConfig, adapt: AdaptConfig) -> dict[str, float] | None:
+    """Loss and metrics on the inner rows of a head that is trained with the first seed and not kept; None if
+    it came to no numbers."""
+    inner = session.part(session.splits.inner)
+    try:
+        got = _fit_seed(session, head, adapt, session.config.eval.seeds[0], lambda row: None)
+    except Diverged:
+        return None
+    if got.model is not None:
+        inner = replace(inner, rows=_live(session, got.model, session.splits.inner))
+    return inner_score(got.task, got.task.primary, got.head, inner)[1]
 
 
 def history_of(session: Session, name: str) -> Path:

@@ -26,6 +26,7 @@ from .looks import look
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
 from .scoring import choose, evaluate, threshold_facts, write_run
+from .search import search_results
 from .session import Session, open_sessions, run_folder
 from .thresholds import decided
 
@@ -76,7 +77,7 @@ def _fixed(session: Session, say: Say) -> dict[str, Any]:
     result = evaluate(session, test, session.targets[test], p, said, documents, best=best, single=single)
     seen = decided(task, hidden, limits[best])
     result |= missing_matrix(session, best, test, session.targets[test], hidden, seen)
-    result |= threshold_facts(session, limits) | {"test_looks": looks}
+    result |= threshold_facts(session, limits) | {"test_looks": looks} | search_results([session])
     if session.config.eval.holdout and session.config.eval.cv is not None:
         result["holdout"] = {"cv": session.config.eval.cv.model_dump()}
     return result | {"n_train": len(session.splits.train), "n_inner": len(session.splits.inner)}

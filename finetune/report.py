@@ -20,6 +20,7 @@ from .report_folds import fold_section, gain_tile
 from .report_html import details, missing, table, text
 from .report_missing import missing_section
 from .report_pretrain import pretrain_sections, pretrain_tiles
+from .report_search import search_section
 from .report_style import STYLE
 
 __all__ = ["RunFiles", "newest_runs", "read_run", "write_report"]
@@ -155,7 +156,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         if run.kind == "finetune":
             tiles += gain_tile(run.results) + finetune_tiles(run.results)
             sections.append(finetune_sections(run.folder, run.results) + missing_section(run.results))
-            sections.append(fold_section(run.results))
+            sections.append(fold_section(run.results) + search_section(run.results))
         else:
             tiles += pretrain_tiles(run.evaluation)
             sections.append(pretrain_sections(run.folder, run.rows, run.evaluation))

@@ -29,6 +29,8 @@ from .fusion import check_heads
 from .journal import Journal
 from .manifest import Rows, Splits, read_rows, split_rows
 from .saved import device_of, save_encoder
+from .search_config import encoder_cost, import_optuna, trainings
+from .search_space import candidates
 from .targets import Targets, encode_targets
 from .tasks import Ints, Task
 from .unimodal import open_source
@@ -137,6 +139,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     The sessions are those of ``plan``, over the same rows and features: of fixed splits one, of a
     cross-validation one per fold and last that of all rows.
     """
+    if config.search is not None:
+        import_optuna()
     task_metric = Task(config.task.type, ("0", "1")).check_metric(config.early_stopping.metric)
     rows = read_rows(data_config(config), config.task)
     parts = plan(config, rows)
@@ -152,10 +156,13 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     task = prepared[0][1]
     fitted = fit_columns(rows.take(parts[-1][1].train))
     widths = {k: fitted[k].width if k in fitted else model.widths[k] for k in rows.modalities}
-    check_heads(config.heads, widths, task.outputs, task.link)
+    for heads in candidates(config):
+        check_heads(heads, widths, task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
     say(f"{_sizes(config, parts[-1][1])}; stopping by {task_metric}")
+    if cost := encoder_cost(config, len(parts[-1][1].train)):
+        say(cost)
     features, broken = extract(
         model,
         rows,
@@ -219,12 +226,11 @@ def plan(config: FinetuneConfig, rows: Rows) -> list[tuple[Fold | None, Splits]]
 def _sizes(config: FinetuneConfig, splits: Splits) -> str:
     cv = config.eval.folds
     if cv is not None:
-        heads, seeds = len(config.all_heads()), len(config.eval.seeds)
-        trained = (heads * cv.folds * cv.repeats + 1) * seeds
         times = f", {cv.repeats} times" if cv.repeats > 1 else ""
         dealt = len(splits.train) + len(splits.inner)
-        return f"{dealt:,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
-    return f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
+        return f"{dealt:,} rows in {cv.folds} folds{times}; {trainings(config)}"
+    sizes = f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
+    return sizes if config.search is None else f"{sizes}; {trainings(config)}"
 
 
 def too_many(rows: Rows, left_out: int) -> bool:

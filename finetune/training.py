@@ -9,10 +9,12 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from ..configs.errors import UserError
 from ..pretrain.optim import clip_gradients, set_lr
 from ..pretrain.schedule import ScheduleConfig, lr_at
 from .config import AdaptConfig, StoppingConfig
@@ -23,6 +25,7 @@ from .tasks import Floats, Task, higher_is_better
 __all__ = [
     "EVAL_BATCH",
     "LIVE_EVAL_BATCH",
+    "Diverged",
     "Log",
     "Training",
     "eval_batch",
@@ -35,6 +38,10 @@ EVAL_BATCH = 4096
 LIVE_EVAL_BATCH = 256
 WHOLE_ROWS = 8  # of a batch, so that modality dropout leaves some
 Log = Callable[[dict[str, Any]], None]
+
+
+class Diverged(UserError):
+    """A training came to answers that are no finite numbers."""
 
 
 @torch.no_grad()
@@ -95,7 +102,13 @@ class Training:
                 losses.append(self._step(train, rows, optimizer))
                 seen += len(rows)
                 self.samples_seen += len(rows)
-            waited = 0 if self._judge(inner, sum(losses) / len(losses), optimizer) else waited + 1
+            try:
+                better = self._judge(inner, sum(losses) / len(losses), optimizer)
+            except Diverged as error:
+                if not self.best:
+                    raise Diverged(f"{error} with lr {lr:g}; set a smaller adapt.lr") from error
+                break
+            waited = 0 if better else waited + 1
             if waited >= self.stopping.patience:
                 break
 
@@ -229,8 +242,11 @@ def eval_batch(rows: Source) -> int:
 
 
 def inner_score(task: Task, metric: str, head: Head, inner: Part) -> tuple[float, dict[str, float]]:
-    """How good a head is on the inner rows by a metric, more being better, and all its scores there."""
+    """How good a head is on the inner rows by a metric, more being better, and all its scores there. Raises
+    Diverged for answers that are no finite numbers."""
     p = task.probabilities(logits_of(head, inner.rows, batch_size=eval_batch(inner.rows)))
+    if not np.isfinite(p).all():
+        raise Diverged("training came to no finite answers")
     scores = inner_scores(task, inner.targets, p)
     return (scores[metric] if higher_is_better(metric) else -scores[metric]), scores
 

@@ -20,6 +20,7 @@ from .config import FinetuneConfig
 from .features import Progress, silent
 from .folds import strata_of
 from .manifest import Rows, Splits, parse_rows, read_manifest
+from .search_config import encoder_cost, import_optuna, trainings
 from .session import data_config, plan, too_many
 from .targets import encode_targets
 from .tasks import Ints
@@ -60,7 +61,7 @@ def validate(config: FinetuneConfig, *, progress: Progress = silent) -> Json:
 
     Returns plain values for JSON: ``rows``, ``groups``, ``parts`` (splits or folds with label counts and
     shares of missing modalities), ``leakage``, ``truncated``, ``findings``, and whether it is ``clean``, that
-    is, none of these fails.
+    is, none of these fails; of a config with a search also ``trainings``, how many it makes.
     Raises UserError for a table that cannot be read at all.
     """
     findings: list[Finding] = []
@@ -88,6 +89,8 @@ def validate(config: FinetuneConfig, *, progress: Progress = silent) -> Json:
         "parts": [_part(rows, name, chosen, histogram) for name, chosen in shown],
         "leakage": leakage,
     }
+    if config.search is not None:
+        report["trainings"] = _search(config, planned, findings)
     _missing(report["parts"], findings)
     if "text" in rows.modalities:
         report["truncated"] = _truncated(config, rows, findings)
@@ -154,6 +157,18 @@ def _faults(
     for kind, text in faults(config, rows, planned, broken).items():
         if not (small and kind == "targets"):
             findings.append(Finding(kind, True, text))
+
+
+def _search(config: FinetuneConfig, planned: Sequence[Planned], findings: list[Finding]) -> str:
+    """How many trainings a search makes of the run, in words; notes what it costs to train encoders."""
+    try:
+        import_optuna()
+    except UserError as error:
+        findings.append(Finding("search", True, str(error)))
+    cost = encoder_cost(config, len(planned[-1][1].train)) if planned else None
+    if cost is not None:
+        findings.append(Finding("search", False, cost))
+    return trainings(config)
 
 
 def _shown(config: FinetuneConfig, parts: Plan, n: int) -> list[tuple[str, Ints]]:

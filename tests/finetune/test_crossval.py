@@ -24,7 +24,7 @@ from diptych.finetune.predictor import Predictor
 from diptych.finetune.report import write_report
 from diptych.finetune.tasks import Ints
 
-from .fold_runs import CV, HEADS, NAMES, make_run, pieces
+from .fold_runs import CV, HEADS, NAMES, make_run, permuted, pieces
 from .labelled import match_rows, write_config, write_csv, write_task
 from .runs import finetune, timeless
 
@@ -81,16 +81,6 @@ def test_a_killed_run_goes_on_and_only_what_changed_is_trained_anew(
     assert capsys.readouterr().err.count("kept from before") == 6 * 3 + (whole["best"] == "concat")
     finetune(tmp_path, "eval.cv={folds: 3, repeats: 1}")
     assert capsys.readouterr().err.count("kept from before") >= 3 * 3
-
-
-def permuted(folder: Path, test: Ints) -> None:
-    """Shuffle the labels of some rows of the table among themselves."""
-    rows = match_rows(folder)
-    shuffled = np.random.default_rng(0).permutation([rows[i][3] for i in test])
-    assert list(shuffled) != [rows[i][3] for i in test]
-    for i, target in zip(test, shuffled, strict=True):
-        rows[i][3] = int(target)
-    write_csv(folder / "match.csv", rows)
 
 
 def test_labels_of_a_folds_test_rows_change_nothing_that_is_trained_for_it(
