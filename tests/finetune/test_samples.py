@@ -208,7 +208,7 @@ def test_folders_hold_what_image_folder_reads(tmp_path: Path) -> None:
     assert table.columns["__key__"][1] == "cat/b"
     data = LabelledDataConfig(manifest=str(root), format="folders", split=None)
     rows = read_rows(data, TaskConfig(type="multiclass", target="label"))
-    assert [p.path and str(p.path) for p in rows.images if p] == [path for path, _ in truth.samples]
+    assert [str(p.path) for (p,) in rows.cells["image"]] == [path for path, _ in truth.samples]
 
 
 def test_folders_of_splits_are_one_table(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_folders_of_splits_are_one_table(tmp_path: Path) -> None:
     rows = read_rows(data, TaskConfig(type="multiclass", target="label"))
     assert [rows.splits.count(split) for split in ("train", "val", "test")] == [6, 6, 6]
     assert rows.ids[0] == "train/cat/a"
-    assert all(p and p.path and p.path.is_file() for p in rows.images)
+    assert all(p.path.is_file() for (p,) in rows.cells["image"])
 
 
 def test_what_no_picture_of_a_folder_is_is_told(tmp_path: Path) -> None:
