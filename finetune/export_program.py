@@ -3,7 +3,7 @@
 import json
 import random
 import string
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,17 @@ from .predictor import Predictor
 from .saved import SavedHead
 from .tokens import image_tokens, project_text
 
-__all__ = ["PROGRAM", "Fused", "inputs_of", "write_program"]
+__all__ = [
+    "BATCHES",
+    "PROGRAM",
+    "Fused",
+    "difference",
+    "document",
+    "inputs_of",
+    "refuse_inputs",
+    "trace",
+    "write_program",
+]
 
 PROGRAM = "model.pt2"
 BATCHES = (1, 5)
@@ -159,26 +169,31 @@ def trace(fused: Fused, predictor: Predictor) -> Any:
         raise UserError(f"{predictor.run}: torch.export cannot trace this model: {reason}") from error
 
 
-def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
-    """Write ``model.pt2`` and what its inputs and outputs are; returns by how much the loaded program differs
-    from the predictor, of regression in standard deviations of the training targets."""
+def refuse_inputs(predictor: Predictor) -> None:
+    """Raise UserError for a head whose inputs no program makes."""
     if any(one.head.reads_inputs for one in predictor.saved):
         raise UserError(
             f"{predictor.run}: head '{predictor.head}' reads patch and word embeddings, which a program "
             "cannot make; give another head with --head"
         )
+
+
+def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
+    """Write ``model.pt2`` and what its inputs and outputs are; returns by how much the loaded program differs
+    from the predictor, of regression in standard deviations of the training targets."""
+    refuse_inputs(predictor)
     say(f"tracing head {predictor.head} with {len(predictor.saved)} seeds")
     fused = Fused(predictor)
     program = trace(fused, predictor)
     torch.export.save(program, folder / PROGRAM)
-    (folder / NOTE).write_text(json.dumps(_document(predictor, fused.models[0])), encoding="utf-8")
+    (folder / NOTE).write_text(json.dumps(document(predictor, fused.models[0])), encoding="utf-8")
     say("comparing with the predictor")
     loaded = torch.export.load(folder / PROGRAM).module()
-    found = max(_difference(predictor, fused.models[0], loaded, n) for n in BATCHES)
+    found = max(difference(predictor, fused.models[0], loaded, n) for n in BATCHES)
     return {"answers" if predictor.task.type == "regression" else "probabilities": found}
 
 
-def _document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
+def document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
     """What export.json says of inputs and outputs."""
     side, length = model.image_size, model.tokenizer.context_length
     shapes = {
@@ -195,6 +210,7 @@ def _document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
         "preprocess": model.config["preprocess_cfg"],
         "tokenizer": model.tokenizer.name or "CLIP",
         "pad_id": model.tokenizer.pad_id,
+        "calibration": [{"scale": one.scale, "shift": one.shift} for one in predictor.saved],
     }
 
 
@@ -235,8 +251,8 @@ def _random_rows(
     return images, texts
 
 
-def _difference(predictor: Predictor, model: LoadedModel, program: nn.Module, n: int) -> float:
-    """Largest absolute difference of n rows' answers."""
+def difference(predictor: Predictor, model: LoadedModel, program: Callable[..., Tensor], n: int) -> float:
+    """Largest absolute difference of n rows' answers, some of which lack a modality."""
     images, texts = _random_rows(predictor, model, n)
     pictures = [None if x is None else Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
     cells: dict[str, list[Any]] = {"image": cast(Any, pictures), "text": cast(Any, texts)}
