@@ -251,7 +251,7 @@ def _heat(relevance: Any) -> bytes:
     pixels = np.zeros((*share.shape, 4), dtype=np.uint8)
     pixels[..., 0] = 235
     pixels[..., 1] = (200 * (1 - share)).round()
-    pixels[..., 3] = (200 * share).round()
+    pixels[..., 3] = (190 * share).round()
     buffer = io.BytesIO()
     Image.fromarray(pixels, mode="RGBA").save(buffer, format="PNG")
     return buffer.getvalue()
