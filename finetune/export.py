@@ -48,9 +48,9 @@ def export(
 
     ``open_clip``: both encoders as ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads them.
     ``hf``: a folder of transformers' ``CLIPModel``. ``torch_export`` and ``onnx``: encoders, head and
-    calibration of a fine-tuning run as one program. Of a pretraining run the newest whole checkpoint is taken, with the
-    averaged weights if there are such; of a fine-tuning run ``head`` (default: the recommended one), and
-    where encoders were trained with it, those of its first seed.
+    calibration of a fine-tuning run as one program. Of a pretraining run the newest whole checkpoint is
+    taken, with the averaged weights if there are such; of a fine-tuning run ``head`` (default: the
+    recommended one), and where encoders were trained with it, those of its first seed.
 
     Returns the largest differences from the source by what was compared, empty for ``open_clip``. Raises
     UserError for an ``out`` that holds something (with ``force`` an earlier export gives way), for models

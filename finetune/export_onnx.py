@@ -31,9 +31,7 @@ def needed(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"export to onnx needs the package {name}; pip install 'diptych[onnx]'"
-        ) from error
+        raise UserError(f"export to onnx needs the package {name}; pip install 'diptych[onnx]'") from error
 
 
 @contextmanager

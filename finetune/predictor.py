@@ -173,8 +173,7 @@ class Predictor:
         rows = self._rows(table, root)
         classes = explained_class(self.task, self.of_rows(rows), of)
         members = [
-            Member(one, self.model(place))
-            for one, place in zip(self._saved, self.encoders, strict=True)
+            Member(one, self.model(place)) for one, place in zip(self._saved, self.encoders, strict=True)
         ]
         return relevance_of(members, self.task, rows, classes, max_pixels=self.max_pixels)
 

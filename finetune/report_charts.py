@@ -181,14 +181,14 @@ def scatter_chart(
     if len(points) < 2:
         return ""
     dashed = Series("") if line is None else line
-    frame = _Frame.around(
-        [*(x for x, _ in points), *dashed.xs], [*(y for _, y in points), *dashed.ys]
-    )
+    frame = _Frame.around([*(x for x, _ in points), *dashed.xs], [*(y for _, y in points), *dashed.ys])
     parts = frame.parts(x_name)
     parts += [f'<circle class="point" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2"/>' for x, y in points]
     keys: list[str] = []
     if dashed.xs:
-        ends = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(dashed.xs, dashed.ys, strict=True))
+        ends = " ".join(
+            f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(dashed.xs, dashed.ys, strict=True)
+        )
         parts.append(f'<polyline class="reference" fill="none" points="{ends}"/>')
         keys.append(f'<span class="key dashed">{escape(dashed.name)}</span>')
     return _figure(title, keys, parts, f"{len(points)} points")

@@ -29,9 +29,7 @@ WORK = 20_000_000
 BINARY = Task("binary", ("rest", "class"))
 
 
-def curve_section(
-    found: Predictions, results: Mapping[str, Any], head: str, *, samples: int = 1000
-) -> str:
+def curve_section(found: Predictions, results: Mapping[str, Any], head: str, *, samples: int = 1000) -> str:
     """ROC and PR curves: of a binary task of the head and of each single modality; else of each class
     against the rest. Areas are the metrics AUROC and AP."""
     task = found.task

@@ -57,9 +57,7 @@ def mistakes(found: Predictions, head: str, most: int = SHOWN) -> list[Mistake]:
         residual = p[rows, 0] - truth[rows]
         order = rows[np.argsort(-np.abs(residual), kind="stable")][:most]
         return [
-            Mistake(
-                int(i), f"{truth[i]:.4g}", f"{p[i, 0]:.4g}", f"residual {p[i, 0] - truth[i]:+.4g}", None
-            )
+            Mistake(int(i), f"{truth[i]:.4g}", f"{p[i, 0]:.4g}", f"residual {p[i, 0] - truth[i]:+.4g}", None)
             for i in order
             if p[i, 0] != truth[i]
         ]
@@ -159,7 +157,7 @@ def _relevance(
     places: Sequence[int | None],
     seen: Sequence[bool],
 ) -> tuple[list[Relevance | None], list[str]]:
-    """Relevance of each error by the head that made it, None where it cannot be had, and why in a line each."""
+    """Relevance of each error by the head that made it (None: it cannot be had), and why in a line each."""
     told: list[Relevance | None] = [None] * len(chosen)
     notes: dict[str, None] = {}
     by_fold: dict[int | None, list[int]] = defaultdict(list)
@@ -223,7 +221,9 @@ def _card(
     lines.append(f"<p>truth: <b>{text(one.truth)}</b></p>")
     if words is not None:
         lines.append(f'<p class="words">{_words(words, relevance)}</p>')
-    lines += [f'<p class="soft">{text(note)}</p>' for note in (gone, picture) if note and isinstance(note, str)]
+    lines += [
+        f'<p class="soft">{text(note)}</p>' for note in (gone, picture) if note and isinstance(note, str)
+    ]
     fold = "" if found.fold is None else f", fold {int(found.fold[one.row])}"
     lines.append(f'<p class="soft">row {text(found.ids[one.row])}{fold}</p>')
     return f'<div class="error">{views}<div class="what">{"".join(lines)}</div></div>'

@@ -26,7 +26,8 @@ p{margin:4px 0 12px;max-width:74ch}
 font-variant-numeric:tabular-nums}
 .tile span{display:block;color:var(--soft);font-size:13px}
 .tile .name{color:var(--ink);font-size:14px}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px;margin:12px 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px;
+margin:12px 0}
 figure{margin:0;padding:12px 14px 8px}
 figcaption{font-size:13px;display:flex;justify-content:space-between;gap:12px;flex-wrap:wrap;margin-bottom:4px}
 svg{display:block;width:100%;height:auto}
@@ -102,7 +103,8 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--tint);border-radius:4px;
 padding:1px 5px}
 footer{margin-top:48px;color:var(--soft);font-size:13px}
-@media (max-width:600px){main{padding:20px 14px 48px}th,td{padding:7px 9px}.share{margin:-7px -9px;padding:7px 9px}
+@media (max-width:600px){main{padding:20px 14px 48px}th,td{padding:7px 9px}
+.share{margin:-7px -9px;padding:7px 9px}
 .tile b{font-size:25px}}
 @media print{body{background:#fff}details{display:block}.scroll{overflow:visible}}
 """

@@ -22,8 +22,9 @@ __all__ = ["weight_section"]
 
 BINS = 20
 ABOUT = (
-    "A weight says how much of a modality is taken, not what it says; weights of a row sum to 1. Gates are the "
-    "mean over hidden units and seeds, of rows that have all modalities, by the model that predictions use."
+    "A weight says how much of a modality is taken, not what it says; weights of a row sum to 1. Gates are "
+    "the mean over hidden units and seeds, of rows that have all modalities, by the model that predictions "
+    "use."
 )
 
 
@@ -54,7 +55,7 @@ def weight_section(folder: Path, rows: Rows | None) -> str:
             charts.append(_spread(name, predictor, weights))
     if not lines and not notes:
         return ""
-    heads = table("", ["head", *(["weight of each modality"])], lines, left=2)
+    heads = table("", ["head", "weight of each modality"], lines, left=2)
     drawn = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
     return f'<h3>Weights</h3><p class="soft">{text(ABOUT)}</p>{heads}{drawn}{"".join(notes)}'
 

@@ -181,8 +181,8 @@ def clamp_logit_scale(model: nn.Module) -> None:
 
 
 class LoadedModel:
-    """A checkpoint open for inference, in eval mode and fp32. Methods work without gradients, unless they say that
-    they have them."""
+    """A checkpoint open for inference, in eval mode and fp32. Methods work without gradients, unless they
+    say that they have them."""
 
     def __init__(
         self, clip: CustomTextCLIP, tokenizer: "Tokenizer", device: str | torch.device = "cpu"

@@ -11,17 +11,15 @@ import torch
 from PIL import Image
 
 from diptych.data.text import build_tokenizer
+from diptych.finetune.cells import Picture
 from diptych.finetune.config import HeadConfig
 from diptych.finetune.fusion import build_head
 from diptych.finetune.manifest import Rows
-from diptych.finetune.cells import Picture
 from diptych.finetune.predictor import Predictor
 from diptych.finetune.relevance import Member, Relevance, relevance_of
 from diptych.finetune.saved import SavedHead, write_encoder
 from diptych.finetune.tasks import Task
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model
-
-from .labelled import squares
 
 SIDE, PATCH = 32, 8
 BINARY = Task("binary", ("0", "1"))
@@ -209,7 +207,6 @@ def test_a_predictor_tells_it_for_rows_as_they_come(tmp_path: Path) -> None:
         assert [word for word, _ in first.text or []] == ["my", "red", "hat"]
         assert second.image is None
     assert predictor.relevance(rows)[0].text is not None
-    assert squares.NAMES
 
 
 def test_words_of_tokenizers() -> None:
