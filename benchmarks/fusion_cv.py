@@ -118,7 +118,7 @@ def train(session: Session, name: str, *, live: bool) -> None:
         for parameter in encoders.clip.parameters():
             parameter.requires_grad_(False)
         reader = PictureReader()
-        return Part(LiveRows(encoders, some.images, some.texts, some.modalities, 10**6, reader), kept.targets)
+        return Part(LiveRows(encoders, some, 10**6, reader), kept.targets)
 
     head = session.config.all_heads()[name]
     fit(

@@ -11,6 +11,8 @@ EPILOG = """example:
   diptych finetune configs/demo/finetune_match.yaml
   diptych finetune configs/demo/finetune_match.yaml heads='[concat, bilinear]' eval.seeds='[0]' out=runs/quick
   diptych finetune configs/demo/finetune_match.yaml --validate
+  diptych finetune configs/demo/finetune_match.yaml 'eval.cv={rows: without_test}'
+  diptych finetune configs/demo/finetune_match.yaml 'eval.cv={rows: without_test}' --holdout
 
 The same command goes on where it stopped: finished heads are kept as long as their settings and data are."""
 
@@ -33,6 +35,11 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="train nothing; tell what is wrong with the table, exit code 1 if scores would not be honest",
     )
+    parser.add_argument(
+        "--holdout",
+        action="store_true",
+        help="leave eval.cv and score the fixed test split (data.split), in the folder holdout of the run",
+    )
     parser.add_argument("--json", action="store_true", help="with --validate: print what was found as JSON")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.set_defaults(run=run)
@@ -46,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json and not args.validate:
         raise UserError("--json belongs to --validate; add it, or read results.json after the run")
-    config = load_config(FinetuneConfig, args.config, args.overrides)
+    held = ["eval.holdout=true"] if args.holdout else []
+    config = load_config(FinetuneConfig, args.config, [*args.overrides, *held])
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
@@ -116,6 +124,7 @@ def print_results(result: dict[str, Any], console: Any) -> None:
     """The heads of results.json as a table, best first, the folds, the fusion gain, and the headline."""
     from rich.table import Table
 
+    from ..finetune.report_protocol import protocol_note, threshold_note
     from ..finetune.tasks import higher_is_better
 
     heads = result["heads"]
@@ -164,7 +173,9 @@ def print_results(result: dict[str, Any], console: Any) -> None:
             markup=False,
             soft_wrap=True,
         )
-    console.print(result["headline"], markup=False, soft_wrap=True)
+    for note in (protocol_note(result), threshold_note(result), result["headline"]):
+        if note:
+            console.print(note, markup=False, soft_wrap=True)
 
 
 def _print_folds(result: dict[str, Any], console: Any) -> None:

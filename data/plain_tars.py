@@ -26,7 +26,7 @@ from .shards import DamagedSample, RawSample
 from .stores import cached_name
 from .tars import Member, TarReader
 
-__all__ = ["Opener", "Tar", "deal", "expand", "read_tar", "shuffled"]
+__all__ = ["Opener", "Tar", "deal", "expand", "groups", "read_tar", "shuffled"]
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ MOST_BYTES = 1 << 40  # of a tar whose size the server does not say
 BLOCK = 8 << 20  # bytes of a request where nothing is kept on disk
 
 
-def expand(text: str) -> list[str]:
+def expand(text: str, key: str = "data.train") -> list[str]:
     """``x-{08..11}.tar`` is four names, ``{a,b}.tar`` two; several lists may be joined by ``::``.
 
-    Raises UserError if there are more than a million.
+    Raises UserError, which begins with ``key``, if there are more than a million.
     """
     names = [name for part in text.split("::") for name in itertools.islice(_expand(part), MOST_TARS + 1)]
     if len(names) > MOST_TARS:
-        raise UserError(f"data.train: '{text}' names more than {MOST_TARS:,} tars")
+        raise UserError(f"{key}: '{text}' names more than {MOST_TARS:,} tars")
     return names
 
 
@@ -150,7 +150,7 @@ def read_tar(file: BinaryIO, tar: Tar, lost: list[DamagedSample] | None) -> Iter
     seen: set[str] = set()
     left_out: list[str] = []
     key = ""
-    for number, (key, members) in enumerate(_groups(reader)):
+    for number, (key, members) in enumerate(groups(reader)):
         if reader.kind in ("truncated", "damaged"):
             break  # behind its last member some may be missing
         made = "a second one of its key" if key in seen else _sample(key, members, tar, number)
@@ -177,8 +177,9 @@ def _wanted(name: str, size: int) -> bool:
     return size <= most and (parts[1] in EXTENSIONS or parts[1] in ("txt", "json"))
 
 
-def _groups(reader: TarReader) -> Iterator[tuple[str, dict[str, Member | None]]]:
-    """Neighbours of one key: the member of each extension, None where there are two."""
+def groups(reader: TarReader) -> Iterator[tuple[str, dict[str, Member | None]]]:
+    """Neighbours of one key: the member of each extension, None where there are two. The last group comes
+    when the reader knows whether the tar breaks behind it."""
     current: str | None = None
     group: dict[str, Member | None] = {}
     for member in reader:

@@ -65,6 +65,7 @@ def fit(
     *,
     widths: dict[str, int],
     token_widths: dict[str, int] | None = None,
+    pooled: Sequence[str] = (),
     seed: int,
     init_seed: int | None = None,
     calibration: str = "none",
@@ -76,15 +77,15 @@ def fit(
     """Train one head with one seed and keep the weights of its best epoch on the inner rows.
 
     ``live``: the training and inner rows with a model that may be changed, for all methods but
-    ``linear_probe``. ``init_seed``: gives the head's initial weights in the place of ``seed``. ``log`` gets
-    one row per epoch: ``epoch``, ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``.
-    ``start`` gives a new head what it takes from the encoders, see ``start_joint``.
+    ``linear_probe``. ``pooled``: modalities of several vectors per row, which the head pools. ``init_seed``:
+    gives the head's initial weights in the place of ``seed``. ``log`` gets one row per epoch: ``epoch``,
+    ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``. ``start`` gives a new head what it takes from the encoders, see ``start_joint``.
     """
     task = task.fitted(train.targets)
     train = replace(train, weights=task.weights(train.targets, train.weights))
     with torch.random.fork_rng():
         torch.manual_seed(seed if init_seed is None else init_seed)
-        head = build_head(config, widths, task.outputs, token_widths, task.link)
+        head = build_head(config, widths, task.outputs, token_widths, task.link, pooled)
         start(head)
         head.to(device)
         if init_seed is not None:

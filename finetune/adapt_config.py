@@ -37,7 +37,8 @@ class AdaptConfig(StrictModel):
     with one class per row."""
     modality_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of training rows in which one modality, drawn at random, is replaced by its learned null vector;
-    never all of them. It makes predictions with a missing modality sensible."""
+    of more than two, each other one with probability 1/2; never all of them. It makes predictions with a
+    missing modality sensible."""
     encoder_lr: float | None = Field(default=None, gt=0)
     """Peak rate of what is trained of the encoders; null is 1e-5, for norm_bias and lora 3e-4."""
     encoder_epochs: int = Field(default=2, ge=1)

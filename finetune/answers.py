@@ -21,7 +21,8 @@ from .cells import PictureFolder
 from .explain import Explanation
 from .features import Progress, silent
 from .predictor import Predictor
-from .tables import CHUNK, FORMATS, UNREADABLE, Columns, Table, open_table
+from .sources import Form, Source, open_source
+from .tables import CHUNK, FORMATS, UNREADABLE, Columns
 from .tasks import Floats
 
 __all__ = ["answer_table", "check_out"]
@@ -39,16 +40,18 @@ def check_out(path: Path) -> None:
 
 def answer_table(
     predictor: Predictor,
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
+    form: Form | None = None,
     root: Path | None = None,
     explain: bool = False,
     chunk: int = CHUNK,
     say: Callable[[str], None] = lambda text: None,
     progress: Progress = silent,
 ) -> int:
-    """Answer every row of a table file into another and return how many there were.
+    """Answer every row of a table, of shards or of folders (see ``sources.read_source``) into a table file
+    and return how many there were.
 
     Written are the input's columns but those of bytes, ``prediction`` and one ``p_CLASS`` per class (none for
     regression); with ``explain`` also one ``phi_MODALITY`` each, where the head has weights one
@@ -57,11 +60,9 @@ def answer_table(
     UserError as ``Predictor.predict_proba`` does; ``out`` is then as it was.
     """
     check_out(out)
-    table = open_table(source)
-    for k, name in predictor.modalities.items():
-        if name not in table.names and any(other in table.names for other in predictor.modalities.values()):
-            say(f"{source} has no column '{name}': all rows are answered without {k}")
-    folder = PictureFolder(source.parent, root)
+    table = open_source(source, form, key="--format")
+    _tell_absent(predictor, table, say)
+    folder = PictureFolder(table.folder, root)
     made = _made(predictor, explain)
     schema = _schema(table, made, as_text=out.suffix.lower() != ".parquet")
     done = 0
@@ -70,7 +71,7 @@ def answer_table(
         progress("answering rows", table.rows) as advance,
     ):
         for columns in table.chunks(chunk):
-            rows = predictor.parse(columns, folder, str(source), first=done)
+            rows = predictor.parse(columns, folder, table.name, first=done)
             if explain:
                 p, explanation = predictor.explain_rows(rows)
             else:
@@ -80,6 +81,20 @@ def answer_table(
             done += len(rows)
             advance(len(rows))
     return done
+
+
+def _tell_absent(predictor: Predictor, table: Source, say: Callable[[str], None]) -> None:
+    """Say which columns the table lacks; of all of them parsing speaks."""
+    named = {k: [n for names in m.columns.values() for n in names] for k, m in predictor.modalities.items()}
+    if not any(name in table.names for names in named.values() for name in names):
+        return
+    for k, names in named.items():
+        absent = [name for name in names if name not in table.names]
+        lacks = f"{table.name} has no column {', '.join(repr(name) for name in absent)}"
+        if len(absent) == len(names):
+            say(f"{lacks}: all rows are answered without {k}")
+        elif absent:
+            say(f"{lacks}: all rows are answered as if it were empty")
 
 
 SEPARATED = (".csv", ".tsv")
@@ -98,11 +113,10 @@ def _made(predictor: Predictor, explain: bool) -> dict[str, pa.DataType]:
     return made
 
 
-def _schema(table: Table, made: Mapping[str, pa.DataType], *, as_text: bool) -> pa.Schema:
+def _schema(table: Source, made: Mapping[str, pa.DataType], *, as_text: bool) -> pa.Schema:
     """Columns of the answers, in order; those of the input that have the name of an answer are left out.
     ``as_text``: types are not needed."""
-    text = as_text and table.path.suffix.lower() != ".parquet"
-    types = pa.schema([(name, pa.string()) for name in table.names]) if text else table.types()
+    types = table.types(exact=not as_text)
     kept = [field for field in types if field.name not in made and not _is_bytes(field.type)]
     return pa.schema([*kept, *made.items()])
 
@@ -117,7 +131,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _answers(predictor: Predictor, p: Floats, explanation: Explanation | None, *, as_text: bool) -> Columns:
-    said = predictor.task.named(p)
+    said = predictor.named(p)
     if predictor.task.type == "multilabel" and as_text:
         said = [(predictor.separator or ";").join(labels) for labels in said]
     made: Columns = {"prediction": said}

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..configs.errors import UserError
+from .columns import fit_columns
 from .config import FinetuneConfig
 from .folds import Fold
 from .fusion import check_heads
@@ -78,9 +79,9 @@ def check_inner(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targ
     target = config.task.target
     columns = f"column '{target}'" if isinstance(target, str) else f"columns {', '.join(target)}"
     where = "" if fold is None else f" of fold {fold.fold} of repeat {fold.repeat}"
-    if fold is None and config.eval.cv is not None:
+    if fold is None and config.eval.folds is not None:
         where = " of the training on all rows"
-    val = fold is None and "val" in rows.splits
+    val = config.eval.folds is None and "val" in rows.splits
     mend = "choose other val rows" if val else "set a larger eval.inner_share"
     raise UserError(
         f"{rows.source}: what the {len(inner)} inner rows{where} hold in {columns} leaves {metric}, which "
@@ -115,9 +116,18 @@ def _check_weights(config: FinetuneConfig, rows: Rows, part: Planned, targets: T
         raise UserError(f"{_of(fold)}{error}") from error
 
 
+def _check_columns(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targets, task: Task) -> None:
+    fold, splits = part
+    try:
+        fit_columns(rows.take(splits.train))
+    except UserError as error:
+        raise UserError(f"{_of(fold)}{error}") from error
+
+
 CHECKS: dict[str, Check] = {
     "early_stopping": _check_metric,
     "heads": _check_heads,
+    "columns": _check_columns,
     "weights": _check_weights,
     "inner_metric": check_inner,
 }

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..pretrain.contrastive import contrastive_loss
 from ..pretrain.model import LoadedModel
 from ..pretrain.zero_shot import Prompts
+from .config import ENCODED
 from .fusion import Head
 from .training import Training
 
@@ -32,7 +33,8 @@ class ClassTexts(Head):
         self, model: LoadedModel, prompts: Prompts, modalities: tuple[str, ...], outputs: int
     ) -> None:
         super().__init__({})
-        self.modalities, self.model, self.outputs = modalities, model, outputs
+        self.modalities = tuple(k for k in modalities if k in ENCODED)  # others have no texts beside them
+        self.model, self.outputs = model, outputs
         self.texts = [text for texts in prompts.values() for text in texts]
         self.counts = torch.tensor([len(texts) for texts in prompts.values()])
         self.first = F.pad(self.counts.cumsum(0), (1, 0))[:-1]

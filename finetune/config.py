@@ -3,19 +3,21 @@
 The heads' own options stand in ``head_config.py``, the task's in ``task_config.py``.
 """
 
-from typing import Any, Literal, Self
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..configs.load import StrictModel
 from ..pretrain.tracking import TrackingConfig
 from .adapt_config import AdaptConfig, of_encoders
-from .head_config import OPTIONS, SINGLE, STAGES, HeadConfig, Link
+from .head_config import OPTIONS, STAGES, HeadConfig, Link
+from .modality_config import ENCODED, ModalityConfig, check_names
 from .task_config import TaskConfig
 
 __all__ = [
+    "ENCODED",
     "OPTIONS",
-    "SINGLE",
     "STAGES",
     "AdaptConfig",
     "CvConfig",
@@ -31,22 +33,22 @@ __all__ = [
 ]
 
 
-class ModalityConfig(StrictModel):
-    """One modality of the table."""
-
-    column: str
-
-
 class LabelledDataConfig(StrictModel):
     """The labelled table. Columns are declared, never guessed."""
 
     manifest: str
-    """CSV, TSV, JSONL or Parquet; ``corpus:NAME/FILE`` is one of a fetched corpus."""
-    modalities: dict[Literal["image", "text"], ModalityConfig] = Field(
+    """A table (CSV, TSV, JSONL or Parquet), WebDataset shards (a tar, or a folder of tars), or a folder that
+    holds one of pictures per class; tars and folders may be several, by braces or ``*``.
+    ``corpus:NAME/FILE`` is a place of a fetched corpus."""
+    format: Literal["table", "shards", "folders"] | None = None
+    """What the manifest is. Null is what its ending says; of folders it must be said."""
+    modalities: dict[str, ModalityConfig] = Field(
         default={"image": ModalityConfig(column="image"), "text": ModalityConfig(column="text")}
     )
-    """Columns by modality. An image cell is a path relative to the manifest, bytes, or ``FOLDER#KEY``, a
-    sample of a shard folder. An empty cell is a missing modality."""
+    """Columns by modality: ``image`` and ``text``, which the checkpoint's towers read, and others of any
+    name, as ``tabular: {numeric: [price], categorical: [brand]}`` or ``audio: {embedding: sound}``. An
+    image cell is a path relative to the manifest, bytes, or ``FOLDER#KEY``, a sample of a shard folder. An
+    empty cell is a missing modality."""
     root: str | None = None
     """Folder that image paths may not leave; null is the manifest's own."""
     id: str | None = None
@@ -74,9 +76,8 @@ class LabelledDataConfig(StrictModel):
 
     @field_validator("modalities")
     @classmethod
-    def _some(cls, value: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
-        if not value:
-            raise ValueError("name at least one modality, for instance {image: {column: image}}")
+    def _names(cls, value: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
+        check_names(value)
         return value
 
 
@@ -108,6 +109,10 @@ class CvConfig(StrictModel):
     folds: int = Field(default=5, ge=2)
     repeats: int = Field(default=1, ge=1)
     """How often all rows are dealt into folds, each time shuffled differently."""
+    rows: Literal["all", "without_test"] = "all"
+    """Which rows are dealt into folds: all of them, whatever ``data.split`` says, or all but those of its
+    split test (without a split column those that ``data.test_share`` takes), which then wait for
+    ``--holdout``."""
     stratify: bool = True
     """Keep the shares of the classes equal in all folds and inner splits, where the task has classes."""
     seed: int = Field(default=0, ge=0)
@@ -118,7 +123,10 @@ class EvalConfig(StrictModel):
     """How scores are made."""
 
     cv: CvConfig | None = None
-    """Cross-validation over all rows, whatever ``data.split`` says; null tests on fixed splits."""
+    """Cross-validation over ``cv.rows``; null tests on fixed splits."""
+    holdout: bool = False
+    """Test on the fixed splits although ``cv`` is given, in the folder ``holdout`` of the run's. It is what
+    ``diptych finetune --holdout`` sets."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One model per seed; probabilities are averaged over them."""
     inner_share: float = Field(default=0.15, gt=0, lt=1)
@@ -128,6 +136,20 @@ class EvalConfig(StrictModel):
     calibration: Literal["none", "temperature", "platt"] = "none"
     """Fitted on the inner split: a scale of the logits (multilabel: one for all labels), or (binary only) a
     scale and a shift. Regression has none."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 0.5
+    """From which probability on the positive class (multilabel: each label) is predicted. ``auto``: of each
+    head and label the one with the greatest F1 on the inner split. For binary and multilabel tasks."""
+
+    @property
+    def folds(self) -> CvConfig | None:
+        """The cross-validation that this run is; None on fixed splits."""
+        return None if self.holdout else self.cv
+
+    @model_validator(mode="after")
+    def _beside(self) -> Self:
+        if self.holdout and self.cv is None:
+            raise ValueError("holdout: without cv every run tests on the fixed splits; leave --holdout out")
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -169,33 +191,57 @@ class FinetuneConfig(StrictModel):
     @field_validator("heads", mode="after")
     @classmethod
     def _names(cls, value: dict[str, HeadConfig]) -> dict[str, HeadConfig]:
-        for name, head in value.items():
+        for name in value:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"'{name}' names a folder: use letters, digits, - and _")
-            if name in (*SINGLE, "concat") and head.op != name:
-                raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
         return value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        both = len(self.data.modalities) > 1
         for name, head in self.heads.items():
+            if name in (*ENCODED, *self.data.modalities, "concat") and head.op != name:
+                raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
+            self._check_modalities(name, head)
             adapt = self.adapt_of(name)
             frozen = head.needs_frozen
             if frozen and adapt.tunes_encoders:
                 raise ValueError(f"heads.{name}: {frozen}; set its adapt.method: linear_probe")
-            head.check_modalities(name, tuple(self.data.modalities))
             if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
                 raise ValueError(
                     f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "
                     "tasks alone; remove it"
                 )
-            if head.op in SINGLE and head.op not in self.data.modalities:
-                raise ValueError(f"heads.{name}: data.modalities has no {head.op}")
-            if head.op not in SINGLE and not both:
-                raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
+        target = self.task.target
+        for k, declared in self.data.modalities.items():
+            for column in [name for names in declared.columns.values() for name in names]:
+                if column in ((target,) if isinstance(target, str) else target):
+                    raise ValueError(f"data.modalities.{k}: '{column}' is what task.target asks; remove it")
         self._check_task()
         return self
+
+    def _check_modalities(self, name: str, head: HeadConfig) -> None:
+        """What a head cannot do with the modalities of the table."""
+        modalities = self.data.modalities
+        if head.single:
+            if head.op not in modalities:
+                near = get_close_matches(head.op, [*OPTIONS, *modalities], n=1, cutoff=0.6)
+                hint = f"; did you mean '{near[0]}'?" if near else f"; operators are {', '.join(OPTIONS)}"
+                hint = "" if head.op in ENCODED else hint
+                raise ValueError(f"heads.{name}: data.modalities has no {head.op}{hint}")
+            return
+        if len(modalities) < 2:
+            raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
+        head.check_modalities(name, tuple(modalities))
+        if head.op == "similarity" and not set(ENCODED) <= set(modalities):
+            raise ValueError(f"heads.{name}: similarity compares image and text; remove it")
+        if head.reads_inputs:
+            others = [k for k in modalities if k not in ENCODED]
+            if others:
+                raise ValueError(
+                    f"heads.{name}: {head.op} reads image and text alone, not {others[0]}; remove it"
+                )
+            if any(declared.pool for declared in modalities.values()):
+                raise ValueError(f"heads.{name}: {head.op} reads one picture per row; remove it or the pool")
 
     def _check_task(self) -> None:
         """What a kind of task does not have."""
@@ -210,6 +256,10 @@ class FinetuneConfig(StrictModel):
                 raise ValueError("eval.calibration: regression has no probabilities to calibrate; use none")
             if any(self.adapt_of(name).label_smoothing for name in self.all_heads()):
                 raise ValueError("adapt.label_smoothing: regression has no labels to smooth; use 0")
+        if self.eval.threshold != 0.5 and self.task.type not in ("binary", "multilabel"):
+            raise ValueError(
+                f"eval.threshold: {self.task.type} tasks have none; it is for binary and multilabel ones"
+            )
         if self.eval.calibration == "platt" and self.task.type != "binary":
             raise ValueError("eval.calibration: platt is for binary tasks; use temperature")
 
@@ -217,6 +267,11 @@ class FinetuneConfig(StrictModel):
     def _methods_fit(self) -> Self:
         for name in self.all_heads():
             adapt = self.adapt_of(name)
+            if adapt.tunes_encoders and not self._reads_encoders(name):
+                raise ValueError(
+                    f"heads.{name}: {adapt.method} trains encoders, and none is read by this head; set its "
+                    "adapt.method: linear_probe"
+                )
             if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass"):
                 raise ValueError(f"heads.{name}: contrastive needs classes; set another adapt.method")
             if adapt.method == "contrastive" and self.task.type == "binary" and not adapt.class_prompts:
@@ -230,21 +285,36 @@ class FinetuneConfig(StrictModel):
 
     def all_heads(self) -> dict[str, HeadConfig]:
         """The heads with the baselines first."""
-        baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in SINGLE if m in self.data.modalities}
+        order = sorted(self.data.modalities, key=lambda m: ENCODED.index(m) if m in ENCODED else len(ENCODED))
+        baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in order}
         if len(baselines) > 1 and "concat" not in self.heads:
             baselines["concat"] = HeadConfig(op="concat")
         return baselines | self.heads
 
+    def singles(self) -> list[str]:
+        """Names of the heads that read one modality alone."""
+        return [name for name, head in self.all_heads().items() if head.single]
+
+    def _reads_encoders(self, name: str) -> bool:
+        """Whether a head reads a modality of the checkpoint's towers."""
+        head = self.all_heads()[name]
+        return any(k in ENCODED for k in ([head.op] if head.single else self.data.modalities))
+
     def adapt_of(self, name: str) -> AdaptConfig:
         """How a head trains: ``adapt`` with its own keys over it. What ``adapt`` says of encoders is not for
-        heads that name ``linear_probe`` themselves."""
+        heads that name ``linear_probe`` themselves, nor for single modalities that have none."""
         own = self.heads[name].adapt if name in self.heads else {}
         unknown = own.keys() - AdaptConfig.model_fields.keys()
         if unknown:
             known = ", ".join(AdaptConfig.model_fields)
             raise ValueError(f"heads.{name}.adapt: unknown key {sorted(unknown)[0]}; known here: {known}")
         inherited = self.adapt.model_dump()
-        if own.get("method") == "linear_probe" and self.adapt.tunes_encoders:
+        alone = self.all_heads()[name].single and not self._reads_encoders(name)
+        if (
+            self.adapt.tunes_encoders
+            and own.get("method", "linear_probe" if alone else None) == "linear_probe"
+        ):
+            own = {"method": "linear_probe"} | own
             inherited = {key: value for key, value in inherited.items() if not of_encoders(key)}
         try:
             return AdaptConfig.model_validate(inherited | own)

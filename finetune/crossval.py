@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 
 from ..configs.errors import UserError
 from ..configs.files import temporary_beside
-from .config import SINGLE
-from .heads import head_probabilities, history_of, kept_inner, train_head
+from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
-from .scoring import choose, evaluate, rechosen, write_run
+from .scoring import choose, evaluate, rechosen, threshold_facts, write_run
 from .session import Session
 from .tasks import Floats, Ints, higher_is_better
+from .thresholds import DECIDED, decided
 
 __all__ = ["cross_validate"]
 
@@ -57,7 +57,7 @@ def cross_validate(sessions: Sequence[Session], say: Callable[[str], None]) -> J
             train_head(session, name, head, say)
             p[-1][name] = _out_of_fold(session, name)
     inner = {name: _mean([kept_inner(session, name) for session in folds]) for name in heads}
-    best, single = choose(final.task, inner)
+    best, single = choose(final.task, inner, final.config.singles())
     final.journal.histories.append(history_of(final, best))
     train_head(final, best, heads[best], say)
     write_run(final, [best], best)
@@ -145,19 +145,33 @@ def _score(
     )
     order = np.lexsort((rows, repeat))  # of every repeat the rows as they stand in the table
     targets = [session.targets[session.splits.test] for session in folds]
-    together = {name: _joined(p, [name] * len(folds), order) for name in inner}
+    limits = [{name: kept_thresholds(s, name) for name in inner} for s in folds]
+    said = [
+        {name: decided(s.task, one[name], own[name]) for name in inner}
+        for s, one, own in zip(folds, p, limits, strict=True)
+    ]
+    together, decisions = (
+        {name: _joined(answers, [name] * len(folds), order) for name in inner} for answers in (p, said)
+    )
     more = {"repeat": repeat[order], "fold": fold[order]}
     rows, truth = rows[order], np.concatenate(targets)[order]
     documents = _documents(folds, inner)
-    result = evaluate(final, rows, truth, together, documents, best=best, single=single, more=more)
-    if best not in SINGLE:
-        chosen = [choose(s.task, {name: kept_inner(s, name) for name in inner}) for s in folds]
+    result = evaluate(final, rows, truth, together, decisions, documents, best=best, single=single, more=more)
+    first = said if final.task.metrics[0] in DECIDED else p  # what the first metric is of
+    singles = final.config.singles()
+    if best not in singles:
+        chosen = [choose(s.task, {name: kept_inner(s, name) for name in inner}, singles) for s in folds]
         heads, singles = ([pair[i] for pair in chosen] for i in (0, 1))
-        answers = (_joined(p, names, order) for names in (heads, singles))
+        answers = (_joined(first, names, order) for names in (heads, singles))
         result["chosen_per_fold"] = {"heads": heads} | rechosen(final, rows, truth, *answers)
-    parts = [_fold_row(s, t, one, best, single) for s, t, one in zip(folds, targets, p, strict=True)]
-    hidden = np.concatenate([_hidden(session, best) for session in folds], axis=1)[:, order]
-    result |= missing_matrix(final, best, rows, truth, hidden)
+    parts = [_fold_row(s, t, one, best, single) for s, t, one in zip(folds, targets, first, strict=True)]
+    for part, own in zip(parts, limits, strict=True):
+        part |= threshold_facts(final, own)
+    lost = [_hidden(session, best) for session in folds]
+    found = [decided(final.task, one, own[best]) for one, own in zip(lost, limits, strict=True)]
+    hidden, seen = (np.concatenate(one, axis=1)[:, order] for one in (lost, found))
+    result |= missing_matrix(final, best, rows, truth, hidden, seen)
+    result |= threshold_facts(final, {best: kept_thresholds(final, best)})
     cv = final.config.eval.cv
     assert cv is not None
     return result | {
@@ -190,7 +204,8 @@ def _documents(folds: Sequence[Session], inner: Mapping[str, Mapping[str, float]
 
 
 def _fold_row(session: Session, targets: Any, p: Mapping[str, Floats], best: str, single: str) -> Json:
-    """One line of the fold table: the first metric of every head on the fold's test rows alone."""
+    """One line of the fold table: the first metric of every head on the fold's test rows alone, p being what
+    it is of."""
     metric = session.task.metrics[0]
     values = {name: session.task.value(metric, targets, one) for name, one in p.items()}
     assert session.fold is not None

@@ -12,7 +12,7 @@ from ..pretrain.layer_decay import layer_scales
 from ..pretrain.model import LoadedModel
 from ..pretrain.optim import decays
 from ..pretrain.zero_shot import Prompts, class_name_prompts
-from .config import SINGLE, AdaptConfig, FinetuneConfig
+from .config import ENCODED, AdaptConfig, FinetuneConfig
 from .lora import add_lora, lora_weights, no_weights
 
 __all__ = [
@@ -36,7 +36,7 @@ def check_methods(config: FinetuneConfig, model: LoadedModel, classes: Sequence[
         adapt = config.adapt_of(name)
         if not adapt.tunes_encoders:
             continue
-        for k in trained_towers([head.op] if head.op in SINGLE else config.data.modalities, adapt):
+        for k in trained_towers([head.op] if head.single else config.data.modalities, adapt):
             tower = _towers(model)[k]
             if adapt.method == "lora" and not lora_weights(tower, adapt.lora_targets):
                 raise UserError(no_weights(tower, adapt.lora_targets))
@@ -68,7 +68,7 @@ def _towers(model: LoadedModel) -> dict[str, nn.Module]:
 def trained_towers(modalities: Collection[str], adapt: AdaptConfig) -> tuple[str, ...]:
     """The towers that are trained for a head that reads ``modalities``: those, and the text tower where texts
     of classes are compared with."""
-    reads = tuple(k for k in ("image", "text") if k in modalities)
+    reads = tuple(k for k in ENCODED if k in modalities)
     return tuple(dict.fromkeys((*reads, "text"))) if adapt.method == "contrastive" else reads
 
 

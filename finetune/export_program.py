@@ -3,7 +3,7 @@
 import json
 import random
 import string
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,14 @@ from torch.nn import functional as F
 
 from ..configs.errors import UserError
 from ..pretrain.model import LoadedModel, load_model
+from .cells import PictureFolder
+from .columns import column_features
 from .export import NOTE, Say
+from .features import FeatureRows
 from .head import Head
 from .predictor import Predictor
 from .saved import SavedHead
+from .tables import Columns
 from .tokens import image_tokens, project_text
 
 __all__ = [
@@ -83,15 +87,22 @@ class Encoders(nn.Module):
             return position <= ids.argmax(dim=1, keepdim=True)
         return position <= (position * (ids != self.pad_id)).amax(dim=1, keepdim=True)
 
-    def features(self, image: Tensor | None, ids: Tensor | None, present: dict[str, Tensor]) -> Any:
+    def features(
+        self,
+        image: Tensor | None,
+        ids: Tensor | None,
+        vectors: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
+    ) -> Any:
         """Features as heads take them, zeros where a modality is missing."""
-        found: dict[str, Tensor] = {}
+        found = {k: vector for k, vector in vectors.items() if k in self.modalities}
         if image is not None and "image" in self.modalities:
             found |= self.image(image)
         if ids is not None and "text" in self.modalities:
             found |= self.text(ids)
         for name, value in found.items():
-            there = present[name.partition("_")[0]].view(-1, *[1] * (value.ndim - 1))
+            k = name if name in present else name.partition("_")[0]
+            there = present[k].view(-1, *[1] * (value.ndim - 1))
             found[name] = torch.where(there, value, torch.zeros_like(value))
             if name.endswith("_tokens"):  # the predictor keeps them so
                 found[name] = found[name].half()
@@ -119,15 +130,19 @@ class Fused(nn.Module):
         token_ids: Tensor | None = None,
         image_present: Tensor | None = None,
         text_present: Tensor | None = None,
+        **columns: Tensor,
     ) -> Tensor:
         """float32 [b, C]: probabilities, for regression the answers [b, 1].
 
-        image: float32 [b, 3, S, S], normalised; token_ids: int64 [b, L], padded; image_present, text_present:
-        bool [b]. What stands in a missing slot changes nothing.
+        image: float32 [b, 3, S, S], normalised; token_ids: int64 [b, L], padded; columns: of each modality
+        without encoder its vectors float32 [b, W] under its name; image_present, text_present, ..: bool [b].
+        What stands in a missing slot changes nothing.
         """
         given = {"image": image_present, "text": text_present}
         present = {k: v for k, v in given.items() if v is not None}
-        features = [cast(Encoders, e).features(image, token_ids, present) for e in self.encoders]
+        vectors = {k: v for k, v in columns.items() if not k.endswith("_present")}
+        present |= {k: columns[f"{k}_present"] for k in vectors}
+        features = [cast(Encoders, e).features(image, token_ids, vectors, present) for e in self.encoders]
         answers: list[Tensor] = []
         for head, member, place in zip(self.heads, self.members, self.of_seed, strict=True):
             logits = head(features[place], present)
@@ -157,7 +172,7 @@ def _plain_attention() -> Generator[None]:
 
 def trace(fused: Fused, predictor: Predictor) -> Any:
     """The exported program, for any batch size. UserError for towers that torch.export cannot trace."""
-    inputs = inputs_of(predictor, fused.models[0], *_random_rows(predictor, fused.models[0], 2))
+    inputs, _ = _random_rows(predictor, fused.models[0], 2)
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), _plain_attention():
@@ -176,6 +191,8 @@ def refuse_inputs(predictor: Predictor) -> None:
             f"{predictor.run}: head '{predictor.head}' reads patch and word embeddings, which a program "
             "cannot make; give another head with --head"
         )
+    if any(declared.pool for declared in predictor.modalities.values()):
+        raise UserError(f"{predictor.run}: a program reads one picture per row, and this run pools several")
 
 
 def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
@@ -200,6 +217,10 @@ def document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
         "image": {"image": f"float32 [b, 3, {side}, {side}]", "image_present": "bool [b]"},
         "text": {"token_ids": f"int64 [b, {length}]", "text_present": "bool [b]"},
     }
+    shapes |= {
+        k: {k: f"float32 [b, {state.width}]", f"{k}_present": "bool [b]"}
+        for k, state in predictor.states.items()
+    }
     return {
         "head": predictor.head,
         "seeds": len(predictor.saved),
@@ -211,13 +232,19 @@ def document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
         "tokenizer": model.tokenizer.name or "CLIP",
         "pad_id": model.tokenizer.pad_id,
         "calibration": [{"scale": one.scale, "shift": one.shift} for one in predictor.saved],
+        "columns": {k: state.model_dump(mode="json") for k, state in predictor.states.items()},
     }
 
 
 def inputs_of(
-    predictor: Predictor, model: LoadedModel, images: list[Tensor | None], texts: list[str | None]
+    predictor: Predictor,
+    model: LoadedModel,
+    images: list[Tensor | None],
+    texts: list[str | None],
+    columns: FeatureRows | None = None,
 ) -> dict[str, Tensor]:
-    """A program's inputs from uint8 [3, S, S] pixels and texts; None where a modality is missing."""
+    """A program's inputs from uint8 [3, S, S] pixels and texts, None where a modality is missing, and the
+    vectors of modalities without encoder."""
     inputs: dict[str, Tensor] = {}
     if "image" in predictor.modalities:
         blank = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
@@ -230,35 +257,46 @@ def inputs_of(
             row[: len(part)] = part
         inputs["token_ids"] = padded
         inputs["text_present"] = torch.tensor([x is not None for x in texts])
+    if columns is not None:
+        vectors, present = columns.batch(torch.arange(len(columns)))
+        inputs |= vectors | {f"{k}_present": there for k, there in present.items()}
     return inputs
 
 
-def _random_rows(
-    predictor: Predictor, model: LoadedModel, n: int
-) -> tuple[list[Tensor | None], list[str | None]]:
-    """Random pictures and texts: the first row has both, then one or the other is missing in turn."""
+def _random_rows(predictor: Predictor, model: LoadedModel, n: int) -> tuple[dict[str, Tensor], Columns]:
+    """A program's inputs for n random rows, and the same rows as a table: the first one has all modalities,
+    then one after the other is missing in turn."""
     draw = random.Random(n)
     noise = torch.Generator().manual_seed(n)
     size = (3, model.image_size, model.image_size)
     images: list[Tensor | None] = []
     texts: list[str | None] = []
-    both = len(predictor.modalities) > 1
+    rows: list[dict[str, Any]] = []
+    names = list(predictor.modalities)
     for i in range(n):
+        lost = names[i % (len(names) + 1) - 1] if len(names) > 1 and i % (len(names) + 1) else None
         pixels = torch.randint(0, 256, size, generator=noise, dtype=torch.uint8)
         words = ["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(draw.randint(1, 5))]
-        images.append(None if both and i % 3 == 1 else pixels)
-        texts.append(None if both and i % 3 == 2 else " ".join(words))
-    return images, texts
+        images.append(None if lost == "image" else pixels)
+        texts.append(None if lost == "text" else " ".join(words))
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        cells: dict[str, Any] = {"image": picture, "text": texts[-1]}
+        rows.append({})
+        for k, declared in predictor.modalities.items():
+            state = predictor.states.get(k)
+            given = {str(declared.column): cells.get(k)} if state is None else state.drawn(declared, draw)
+            rows[-1] |= {column: None if k == lost else cell for column, cell in given.items()}
+    table: Columns = {column: [row[column] for row in rows] for column in rows[0]}
+    parsed = predictor.parse(table, PictureFolder(Path.cwd()), "random rows")
+    columns = column_features(parsed, predictor.states) if predictor.states else None
+    return inputs_of(predictor, model, images, texts, columns), table
 
 
 def difference(predictor: Predictor, model: LoadedModel, program: Callable[..., Tensor], n: int) -> float:
     """Largest absolute difference of n rows' answers, some of which lack a modality."""
-    images, texts = _random_rows(predictor, model, n)
-    pictures = [None if x is None else Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
-    cells: dict[str, list[Any]] = {"image": cast(Any, pictures), "text": cast(Any, texts)}
-    table = {column: cells[k] for k, column in predictor.modalities.items()}
+    inputs, table = _random_rows(predictor, model, n)
     with torch.inference_mode():
-        got = program(**inputs_of(predictor, model, images, texts)).double().numpy()
+        got = program(**inputs).double().numpy()
     if predictor.task.type == "regression":
         return float(np.abs(got[:, 0] - predictor.predict(table)).max() / predictor.saved[0].scale)
     return float(np.abs(got - predictor.predict_proba(table)).max())

@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,15 @@ from .cells import BrokenPicture, Picture, PictureReader
 from .encoding import Arrays, encode_pictures, encode_texts
 from .joint import check_joint
 from .manifest import Rows
+from .pooling import mean_pool
 
 __all__ = ["FeatureRows", "Progress", "encoder_fingerprint", "extract", "silent"]
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """``with progress(what, total) as advance: advance(done)``."""
 VERSION = 3  # of what is stored; part of every entry's name
+TOKEN_PARTS = ("tokens", "inputs", "mask")
+SETS = 4096  # pooled at once
 
 
 def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -44,14 +47,18 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], None
 class FeatureRows:
     """Features of rows: tables over distinct items, and which item each row has (-1: missing).
 
-    tables: ``image`` and ``text`` float32 [items, D]; where asked for, ``image_tokens`` and ``text_tokens``
-    [items, P, W], ``image_inputs`` and ``text_inputs``, and ``text_mask`` bool [items, L]. index: int64 [n]
-    per modality. groups: int64 [n], equal for rows that belong together, or None.
+    tables: ``image``, ``text`` and further modalities float32 [items, D]; where asked for, ``image_tokens``
+    and ``text_tokens`` [items, P, W], ``image_inputs`` and ``text_inputs``, and ``text_mask`` bool
+    [items, L]. index: int64 [n] per modality. groups: int64 [n], equal for rows that belong together, or
+    None. sets: where rows have several pictures, ``image`` int64 [items, P], the pictures of an item, -1 for
+    no further one; ``image_tokens`` and, for heads that pool, ``image_set`` float32 [pictures, D] are then
+    tables of pictures.
     """
 
     tables: dict[str, Tensor]
     index: dict[str, Tensor]
     groups: Tensor | None = None
+    sets: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __len__(self) -> int:
         return len(next(iter(self.index.values())))
@@ -70,20 +77,38 @@ class FeatureRows:
         for k, index in self.index.items():
             item = index[rows]
             present[k] = item >= 0
-            for name, table in self.tables.items():
-                if name != k and not (tokens and name.startswith(f"{k}_")):
-                    continue
-                if len(table) == 0:
-                    features[name] = table.new_zeros((len(item), *table.shape[1:]))
-                    continue
-                got = table[item.clamp_min(0)]
-                got[~present[k]] = 0
-                features[name] = got
+            if k in self.tables:
+                features[k] = _pick(self.tables[k], item)
+            if k in self.sets:
+                features |= self.several(k, item, tokens=tokens)
+            elif tokens:
+                names = [name for part in TOKEN_PARTS if (name := f"{k}_{part}") in self.tables]
+                features |= {name: _pick(self.tables[name], item) for name in names}
         if tokens and "text_mask" in features:  # no wider than this batch's longest text
             longest = max(1, int(features["text_mask"].sum(1).max()) if len(rows) else 1)
             for name in {"text_mask", "text_tokens", "text_inputs"} & features.keys():
                 features[name] = features[name][:, :longest]
         return features, present
+
+    def several(self, k: str, item: Tensor, *, tokens: bool) -> dict[str, Tensor]:
+        """Of every picture of the items its embedding [b, P, D] and its tokens [b, P * N, W], with masks."""
+        numbers = torch.where(item[:, None] >= 0, _pick(self.sets[k], item), -1)
+        most = max(1, int((numbers >= 0).sum(1).max()) if len(numbers) else 1)
+        numbers = numbers[:, :most]
+        found: dict[str, Tensor] = {}
+        if f"{k}_set" in self.tables:
+            found[f"{k}_set"] = _pick(self.tables[f"{k}_set"], numbers)
+            found[f"{k}_set_mask"] = numbers >= 0
+        if tokens and f"{k}_tokens" in self.tables:
+            every = _pick(self.tables[f"{k}_tokens"], numbers)  # [b, P, N, W]
+            found[f"{k}_tokens"] = every.flatten(1, 2)
+            found[f"{k}_mask"] = (numbers >= 0).repeat_interleave(every.shape[2], dim=1)
+        return found
+
+    def beside(self, other: "FeatureRows") -> "FeatureRows":
+        """These rows with further modalities of the same rows."""
+        tables, index = self.tables | other.tables, self.index | other.index
+        return replace(self, tables=tables, index=index, sets=self.sets | other.sets)
 
     def to(self, device: torch.device) -> "FeatureRows":
         """The same on another device."""
@@ -91,7 +116,17 @@ class FeatureRows:
             {k: v.to(device) for k, v in self.tables.items()},
             {k: v.to(device) for k, v in self.index.items()},
             None if self.groups is None else self.groups.to(device),
+            {k: v.to(device) for k, v in self.sets.items()},
         )
+
+
+def _pick(table: Tensor, items: Tensor) -> Tensor:
+    """Rows of a table by number, of any shape; zeros for -1."""
+    if len(table) == 0:
+        return table.new_zeros((*items.shape, *table.shape[1:]))
+    got = table[items.clamp_min(0)]
+    got[items < 0] = 0
+    return got
 
 
 def encoder_fingerprint(model: LoadedModel) -> str:
@@ -115,8 +150,9 @@ def extract(
     batch_size: int = 256,
     max_pixels: int = 89_478_485,
     progress: Progress = silent,
-) -> tuple[FeatureRows, dict[int, str]]:
-    """Features of all rows, and the rows whose picture is broken with the reason (their features are zeros).
+) -> tuple[FeatureRows, dict[int, tuple[Picture, str]]]:
+    """Features of all rows as the towers give them, and the rows with a broken picture: the first one of the
+    row, and why (its features are zeros). Modalities without encoder: see ``columns``.
 
     ``fingerprint``: the encoder's; with it features are taken from and kept in the cache. ``tokens``: also
     the token tables. ``inputs``: also those of what the towers' first blocks read; UserError if they cannot
@@ -126,10 +162,12 @@ def extract(
         check_joint(model)
     tables: dict[str, Tensor] = {}
     index: dict[str, Tensor] = {}
-    broken: dict[int, str] = {}
+    sets: dict[str, Tensor] = {}
+    broken: dict[int, tuple[Picture, str]] = {}
     depth = 2 if inputs else int(tokens)
     if "image" in rows.modalities:
-        pictures, of_row = _distinct(rows.images)
+        cells: list[tuple[Picture, ...] | None] = rows.cells["image"]
+        pictures = list(dict.fromkeys(picture for cell in cells for picture in cell or ()))
         reader = PictureReader()
 
         def from_pictures() -> Arrays:
@@ -148,11 +186,21 @@ def extract(
         content = [_picture_content(reader, picture) for picture in pictures] if fingerprint else []
         arrays = _kept("image", depth, fingerprint, content, from_pictures)
         _add(tables, "image", arrays)
+        number = {picture: i for i, picture in enumerate(pictures)}
+        items, of_row = _distinct([cell and tuple(number[picture] for picture in cell) for cell in cells])
+        if pool := rows.declared["image"].pool:
+            sets["image"] = _padded(items)
+            every = tables["image"]
+            tables["image"] = _pooled(every, sets["image"])
+            tables |= {"image_set": every} if pool == "attention" else {}
         index["image"] = torch.from_numpy(of_row)
-        reasons = {i: str(reason) for i, reason in enumerate(arrays["broken"].tolist()) if reason}
-        broken = {row: reasons[item] for row, item in enumerate(of_row) if item in reasons}
+        reasons = {p: reason for p, reason in zip(pictures, arrays["broken"].tolist(), strict=True) if reason}
+        for row, cell in enumerate(cells if reasons else []):
+            bad = next((picture for picture in cell or () if picture in reasons), None)
+            if bad is not None:
+                broken[row] = (bad, str(reasons[bad]))
     if "text" in rows.modalities:
-        texts, of_row = _distinct(rows.texts)
+        texts, of_row = _distinct(rows.cells["text"])
 
         def from_texts() -> Arrays:
             with progress("encoding texts", len(texts)) as advance:
@@ -161,7 +209,20 @@ def extract(
         _add(tables, "text", _kept("text", depth, fingerprint, texts, from_texts))
         index["text"] = torch.from_numpy(of_row)
     groups = torch.tensor([_number(name) for name in rows.groups]) if rows.groups else None
-    return FeatureRows(tables, index, groups), broken
+    return FeatureRows(tables, index, groups, sets), broken
+
+
+def _padded(items: Sequence[tuple[int, ...]]) -> Tensor:
+    """Pictures of each item int64 [items, P], -1 behind the last."""
+    most = max(map(len, items), default=1)
+    padded = [[*item, *[-1] * (most - len(item))] for item in items]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(items), most)
+
+
+def _pooled(every: Tensor, sets: Tensor) -> Tensor:
+    """The mean embedding [items, D] of each item's pictures."""
+    parts = [mean_pool(_pick(every, some), some >= 0) for some in sets.split(SETS)]
+    return torch.cat([every[:0], *parts])
 
 
 def _add(tables: dict[str, Tensor], modality: str, arrays: Arrays) -> None:

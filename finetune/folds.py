@@ -85,23 +85,27 @@ def inner_split(
     return among[~held], among[held]
 
 
-def make_folds(rows: Rows, strata: Ints | None, cv: CvConfig, *, inner_share: float) -> list[Fold]:
-    """All folds of all repeats; every row is tested once per repeat.
+def make_folds(
+    rows: Rows, strata: Ints | None, cv: CvConfig, *, inner_share: float, among: Ints | None = None
+) -> list[Fold]:
+    """All folds of all repeats; every row is tested once per repeat, of the rows ``among`` where given.
 
     strata: class numbers int64 [n] or None. Raises UserError for fewer groups than folds.
     """
-    n_groups = len(set(rows.groups))
+    among = np.arange(len(rows)) if among is None else among
+    groups = [rows.groups[i] for i in among]
+    n_groups = len(set(groups))
     if n_groups < cv.folds:
         raise UserError(
             f"eval.cv.folds: {cv.folds} folds cannot be made of {n_groups} groups in {rows.source}; lower it"
         )
     strata = strata if cv.stratify else None
-    everything = np.arange(len(rows))
     folds: list[Fold] = []
     for repeat in range(cv.repeats):
         seed = cv.seed + repeat
-        for fold, test in enumerate(deal(rows.groups, strata, cv.folds, seed)):
-            rest = np.setdiff1d(everything, test)
+        dealt = deal(groups, None if strata is None else strata[among], cv.folds, seed)
+        for fold, test in enumerate(among[places] for places in dealt):
+            rest = np.setdiff1d(among, test)
             train, inner = inner_split(rows, rest, strata, share=inner_share, seed=seed)
             folds.append(Fold(repeat, fold, Splits(train, inner, np.sort(test))))
     return folds

@@ -4,7 +4,7 @@ No head attends over pooled vectors: a softmax over one key is 1, and attention 
 parameters. For notation and shapes see ``head.py``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import prod
 
@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from ..configs.errors import UserError
 from .bottleneck import Bottleneck
-from .config import SINGLE, STAGES, HeadConfig, Link
+from .config import ENCODED, STAGES, HeadConfig, Link
 from .cross import Cross
 from .head import Features, Head, Present, Standard, alike, masked_softmax, mlp
 from .joint import Joint
 from .late import Late, Stacking
 from .merged import Merged
 from .ordinal import Ordinal
+from .pooling import Pooled
 
 __all__ = ["STAGES", "Features", "Head", "Late", "Present", "Standard", "build_head", "check_heads"]
 
@@ -45,7 +46,7 @@ class Similarity(Head):
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__({})
-        self.modalities = tuple(k for k in widths if k in SINGLE)
+        self.modalities = tuple(k for k in widths if k in ENCODED)
         self.cosine = Standard(1)
         self.weight = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.zeros(1))
@@ -252,7 +253,7 @@ def check_heads(
                 f"heads.{name}.rank: full has {shape} x {outputs} = {size:,} weights, more than "
                 f"{MOST_WEIGHTS:,}; give a number, for instance {min(256, *widths.values())}"
             )
-        compared = [w for k, w in widths.items() if k in SINGLE]
+        compared = [w for k, w in widths.items() if k in ENCODED]
         if head.op == "similarity" and len(set(compared)) > 1:
             raise UserError(
                 f"heads.{name}: similarity compares embeddings of one width, and these have "
@@ -266,17 +267,29 @@ def build_head(
     outputs: int,
     token_widths: Mapping[str, int] | None = None,
     link: Link | None = None,
+    pooled: Sequence[str] = (),
 ) -> Head:
     """The head of a config. ``widths``: embedding width per modality, in a fixed order; ``token_widths``:
     token width of the modalities that have tokens, for heads that read them (of others they read the
-    embedding as one token); ``outputs``, ``link``: those of the task, the link by default softmax, or sigmoid
+    embedding as one token); ``pooled``: modalities of several vectors per row, which a head that reads no
+    tokens pools; ``outputs``, ``link``: those of the task, the link by default softmax, or sigmoid
     of a single output. With the cumulative link it is a head of one output against ``outputs`` thresholds."""
     if link == "cumulative":
-        return Ordinal(build_head(config, widths, 1, token_widths, "identity"), outputs)
+        return Ordinal(build_head(config, widths, 1, token_widths, "identity", pooled), outputs)
+    head = _build(config, widths, outputs, token_widths, link)
+    several = {k: widths[k] for k in pooled if k in head.modalities and not head.reads_tokens}
+    return Pooled(head, several) if several else head
+
+
+def _build(
+    config: HeadConfig,
+    widths: Mapping[str, int],
+    outputs: int,
+    token_widths: Mapping[str, int] | None,
+    link: Link | None,
+) -> Head:
     widths_of_tokens = {k: (token_widths or {}).get(k, width) for k, width in widths.items()}
     match config.op:
-        case "image" | "text":
-            return Single(config.op, widths[config.op], outputs, config)
         case "similarity":
             assert outputs == 1, "similarity has one output"
             return Similarity(widths)
@@ -300,3 +313,5 @@ def build_head(
         case "late":
             late = Stacking if config.rule == "stacking" else Late
             return late(widths, outputs, config, link)
+        case modality:
+            return Single(modality, widths[modality], outputs, config)

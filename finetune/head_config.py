@@ -6,20 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from ..configs.load import StrictModel
 
-__all__ = ["OPTIONS", "SINGLE", "STAGES", "HeadConfig", "Link"]
+__all__ = ["OPTIONS", "STAGES", "HeadConfig", "Link"]
 
-Op = Literal[
-    "image", "text", "similarity", "concat", "weighted_sum", "gated", "bilinear", "merged", "cross",
-    "bottleneck", "joint", "late",
-]  # fmt: skip
 Link = Literal["sigmoid", "softmax", "identity", "cumulative"]
 """How logits become answers: yes or no each, one of many, numbers, or yes and no in a fixed order."""
-SINGLE = ("image", "text")
-"""Operators that read one modality: the baselines of every run."""
 
 STAGES = {
-    "image": ("single", "embedding"),
-    "text": ("single", "embedding"),
     "similarity": ("mid", "embedding"),
     "concat": ("mid", "embedding"),
     "weighted_sum": ("mid", "embedding"),
@@ -31,11 +23,9 @@ STAGES = {
     "joint": ("early", "input"),
     "late": ("late", "decision"),
 }
-"""Stage and level of each operator, as docs/finetune.md defines them."""
+"""Stage and level of each fusion operator, as docs/finetune.md defines them."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "image": {"width": 0, "dropout": 0.1},
-    "text": {"width": 0, "dropout": 0.1},
     "similarity": {},
     "concat": {"width": 256, "dropout": 0.1, "interactions": False},
     "weighted_sum": {"weights": "learned", "dropout": 0.1},
@@ -47,7 +37,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "joint": {"dropout": 0.1, "layers": None},
     "late": {"rule": "mean"},
 }
-"""Which options each operator takes, with their defaults."""
+"""Which options each fusion operator takes, with their defaults."""
+SINGLE_OPTIONS: dict[str, Any] = {"width": 0, "dropout": 0.1}
+"""Those of a modality alone."""
 
 
 class HeadConfig(StrictModel):
@@ -57,7 +49,8 @@ class HeadConfig(StrictModel):
     ``OPTIONS``.
     """
 
-    op: Op
+    op: str
+    """A fusion operator, or the name of a modality: a classifier of that one alone."""
     width: int | None = Field(default=None, ge=0)
     """Hidden units; 0 (not for gated and heads on tokens) leaves a linear classifier."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
@@ -85,13 +78,14 @@ class HeadConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _own_options(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("op") not in OPTIONS:
-            return data  # the field's own message names the known operators
-        own = OPTIONS[data["op"]]
+        if not isinstance(data, dict) or not isinstance(data.get("op"), str):
+            return data  # the field's own message says what is missing
+        own = OPTIONS.get(data["op"], SINGLE_OPTIONS)
         for key, value in data.items():
             if key in cls.model_fields and key not in (*own, "op", "adapt") and value is not None:
                 known = ", ".join(own) or "none"
-                raise ValueError(f"{key} is no option of {data['op']} (its options: {known}); remove it")
+                what = data["op"] if data["op"] in OPTIONS else f"{data['op']}, as of one modality alone,"
+                raise ValueError(f"{key} is no option of {what} (its options: {known}); remove it")
         if data["op"] == "joint":  # pretrained blocks
             data = data | {"adapt": {"lr": 1e-4} | (data.get("adapt") or {})}
         return own | {key: value for key, value in data.items() if value is not None or key not in own}
@@ -125,14 +119,24 @@ class HeadConfig(StrictModel):
         return self
 
     @property
+    def single(self) -> bool:
+        """Whether it reads one modality alone, which ``op`` names."""
+        return self.op not in OPTIONS
+
+    @property
+    def stage(self) -> tuple[str, str]:
+        """Stage and level."""
+        return STAGES.get(self.op, ("single", "embedding"))
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the head needs token features of any kind."""
-        return STAGES[self.op][1] in ("token", "input")
+        return self.stage[1] in ("token", "input")
 
     @property
     def reads_inputs(self) -> bool:
         """Whether the head needs the embeddings that the towers' first blocks read."""
-        return STAGES[self.op][1] == "input"
+        return self.stage[1] == "input"
 
     @property
     def needs_frozen(self) -> str | None:

@@ -15,15 +15,22 @@ from ..pretrain.model import LoadedModel
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
-from .fusion import STAGES
 from .joint import start_joint
 from .presence import Shown, logits_under
 from .retention import mean_retention, told
 from .saved import open_encoder, read_head, read_json, save_head
 from .session import Session
 from .tasks import Floats, Ints
+from .thresholds import choose_thresholds, used
 
-__all__ = ["head_answers", "head_probabilities", "history_of", "kept_inner", "train_head"]
+__all__ = [
+    "head_answers",
+    "head_probabilities",
+    "history_of",
+    "kept_inner",
+    "kept_thresholds",
+    "train_head",
+]
 
 Json = dict[str, Any]
 
@@ -96,6 +103,7 @@ def _fit_seed(
         session.part(session.splits.inner),
         widths=session.widths,
         token_widths=session.token_widths,
+        pooled=session.pooled,
         seed=seed,
         init_seed=None if adapt.soup == "none" else session.config.eval.seeds[0],
         calibration=session.config.eval.calibration,
@@ -107,9 +115,10 @@ def _fit_seed(
 
 
 def _live(session: Session, model: LoadedModel, rows: Ints) -> LiveRows:
-    part = session.rows.take(rows)
-    limit = session.config.data.max_pixels
-    return LiveRows(model, part.images, part.texts, part.modalities, limit, PictureReader())
+    limit, columns = session.config.data.max_pixels, session.columns.take(rows)
+    return LiveRows(
+        model, session.rows.take(rows), limit, PictureReader(), columns if columns.index else None
+    )
 
 
 def _document(
@@ -127,15 +136,18 @@ def _document(
         own = {"seed": seed, "best_epoch": got.best_epoch, "scale": got.scale, "shift": got.shift}
         seeds.append(own | got.facts)
     p = np.mean(parts, axis=0)
-    stage, level = STAGES[head.op]
+    stage, level = head.stage
+    targets = session.targets[inner_rows]
     return {
         "name": name,
         "config": json.loads(head.model_dump_json()),
         "adapt": json.loads(adapt.model_dump_json()),
         "stage": stage,
         "level": level,
+        "columns": {k: json.loads(state.model_dump_json()) for k, state in session.states.items()},
         "params": sum(q.numel() for q in members[0][1].head.parameters()) + members[0][1].trained,
-        "inner": inner_scores(session.task, torch.from_numpy(session.targets[inner_rows]), p),
+        "inner": inner_scores(session.task, torch.from_numpy(targets), p),
+        "thresholds": choose_thresholds(session.task, targets, p),
         "seeds": seeds,
         "retention": mean_retention(seeds),
     }
@@ -146,6 +158,12 @@ def kept_inner(session: Session, name: str) -> dict[str, float]:
     return read_json(session.head_folder(name) / "head.json")["inner"]
 
 
+def kept_thresholds(session: Session, name: str) -> list[float]:
+    """From which probabilities on a saved head says its labels, by ``eval.threshold``."""
+    chosen = read_json(session.head_folder(name) / "head.json")["thresholds"]
+    return used(session.config.eval.threshold, chosen)
+
+
 def head_probabilities(session: Session, name: str, rows: Ints) -> Floats:
     """Calibrated probabilities [n, C] of a saved head, averaged over its seeds."""
     return head_answers(session, name, rows, [{}])[0]
@@ -154,7 +172,9 @@ def head_probabilities(session: Session, name: str, rows: Ints) -> Floats:
 def head_answers(session: Session, name: str, rows: Ints, shown: Sequence[Shown]) -> list[Floats]:
     """Calibrated probabilities [n, C] of a saved head, averaged over its seeds, for each way of hiding
     modalities of the rows."""
-    saved = read_head(session.head_folder(name), session.widths, session.token_widths, session.task)
+    saved = read_head(
+        session.head_folder(name), session.widths, session.token_widths, session.task, session.pooled
+    )
     parts: list[list[Floats]] = [[] for _ in shown]
     for one in saved:
         if one.encoder is None:

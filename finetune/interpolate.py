@@ -43,14 +43,14 @@ def frozen(part: Part) -> Part:
     """Live rows as tables of what their encoders give now."""
     rows = part.rows
     assert isinstance(rows, LiveRows)
-    read = rows.modalities if rows.read is None else rows.read
+    read = rows.modalities if rows.read is None else tuple(k for k in rows.modalities if k in rows.read)
     features = encode_rows(rows, read)
     index: dict[str, Tensor] = {}
     for k in rows.modalities:  # of those that are not read, whether they are there
-        items = rows.images if k == "image" else rows.texts
-        there = torch.tensor([item is not None for item in items], dtype=torch.int64)
+        there = torch.tensor([item is not None for item in rows.rows.cells[k]], dtype=torch.int64)
         index[k] = features.index[k] if k in read else there - 1
-    return replace(part, rows=replace(features, index=index).to(rows.model.device))
+    features = replace(features, index=index).to(rows.model.device)
+    return replace(part, rows=features if rows.columns is None else features.beside(rows.columns))
 
 
 def refit(earlier: Training, train: Part, inner: Part, note: dict[str, Any], *, warm: bool) -> Training:

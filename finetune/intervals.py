@@ -11,6 +11,7 @@ import numpy as np
 
 from ..pretrain.statistics import CONFIDENCE, Interval, bootstrap_means, group_ids
 from .tasks import METRICS, Floats, Task, WeightedMetric, higher_is_better, predicted
+from .thresholds import DECIDED
 
 __all__ = ["paired_intervals"]
 
@@ -22,6 +23,7 @@ def paired_intervals(
     groups: Any = None,
     *,
     task: Task | None = None,
+    said: Mapping[str, Floats] | None = None,
     against: str | None = None,
     samples: int = 1000,
     seed: int = 0,
@@ -31,12 +33,17 @@ def paired_intervals(
     predictor.
 
     targets: int64 [n], or what ``task`` says (default: binary or multiclass); probabilities: float64 [n, C]
-    per predictor; groups: any labels [n], None for rows by themselves. Resamples where a metric is undefined
-    (an AUROC with one class) are left out.
+    per predictor; groups: any labels [n], None for rows by themselves; said: answers of which metrics of what
+    is said are taken (see ``thresholds.decided``), by default the probabilities. Resamples where a metric is
+    undefined (an AUROC with one class) are left out.
     """
+    said = probabilities if said is None else said
     names = list(probabilities)
     prepare, decide = (METRICS.__getitem__, predicted) if task is None else (task.prepare, task.predicted)
-    prepared = [[prepare(m)(targets, probabilities[name]) for m in metrics] for name in names]
+    prepared = [
+        [prepare(m)(targets, (said if m in DECIDED else probabilities)[name]) for m in metrics]
+        for name in names
+    ]
     ids = group_ids(groups, len(targets))
     n_groups = int(ids.max()) + 1
     rng = np.random.default_rng(seed)
@@ -50,7 +57,7 @@ def paired_intervals(
         for i, name in enumerate(names)
     }
     if "accuracy" in metrics:  # the same resamples, and a bound where all rows are right or wrong
-        hits = np.stack([decide(p) == targets for p in probabilities.values()], axis=1)
+        hits = np.stack([decide(said[name]) == targets for name in names], axis=1)
         exact = bootstrap_means(hits, groups, samples=samples, seed=seed)
         for name, interval in zip(names, exact, strict=True):
             scores[name]["accuracy"] = interval

@@ -1,7 +1,7 @@
 """Where heads get features of rows from: tables of frozen features, or encoders at work."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..pretrain.model import LoadedModel
 from .cells import Picture, PictureReader
+from .config import ENCODED
 from .encoding import read_pixels
 from .features import FeatureRows, extract
 from .manifest import Rows
+from .pooling import mean_pool
 
 __all__ = ["LiveRows", "Part", "Source", "encode_rows"]
 
@@ -40,48 +42,71 @@ class Part:
 class LiveRows:
     """Rows whose features are computed when they are asked for, with gradients where those are enabled.
 
-    ``read``: the modalities whose features are wanted (None: all); of others only the presence is told.
+    ``columns``: features of the same rows' modalities that no encoder reads. ``read``: the modalities whose
+    features are wanted (None: all); of others only the presence is told.
     """
 
     model: LoadedModel
-    images: Sequence[Picture | None]
-    texts: Sequence[str | None]
-    modalities: tuple[str, ...]
+    rows: Rows
     max_pixels: int
     reader: PictureReader
+    columns: FeatureRows | None = None
     read: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of those that the encoders read."""
+        return tuple(k for k in ENCODED if k in self.rows.cells)
 
     def batch(self, rows: Tensor, *, tokens: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embeddings of the rows; zeros where a modality is missing."""
         assert not tokens, "token features are not computed with gradients"
-        numbers, root = rows.tolist(), self.model.model
+        numbers = rows.tolist()
         features: dict[str, Tensor] = {}
         present: dict[str, Tensor] = {}
         for k in self.modalities:
-            items: Sequence[Any] = [(self.images if k == "image" else self.texts)[i] for i in numbers]
+            items: list[Any] = [self.rows.cells[k][i] for i in numbers]
             there = torch.tensor([item is not None for item in items], dtype=torch.bool)
             present[k] = there.to(self.model.device)
             if self.read is not None and k not in self.read:
                 continue
-            out = torch.zeros(len(items), self.model.embed_dim, device=self.model.device)
-            given = [item for item in items if item is not None]
-            if given and k == "image":
-                pixels, broken = read_pixels(self.model, given, self.reader, self.max_pixels)
-                assert not any(broken), f"a picture changed while it was trained on: {broken}"
-                out = out.index_put((there.nonzero()[:, 0].to(out.device),), root.encode_image(pixels))
-            elif given:
-                encoded = root.encode_text(*self.model.tokenizer.pack(given))
-                out = out.index_put((there.nonzero()[:, 0].to(out.device),), encoded)
-            features[k] = out
+            features |= self._images(items) if k == "image" else {k: self._texts(items, there)}
+        if self.columns is not None:
+            more = self.columns.batch(rows)
+            features, present = features | more[0], present | more[1]
         return features, present
+
+    def _texts(self, items: list[str | None], there: Tensor) -> Tensor:
+        out = torch.zeros(len(items), self.model.embed_dim, device=self.model.device)
+        given = [item for item in items if item is not None]
+        if not given:
+            return out
+        encoded = self.model.model.encode_text(*self.model.tokenizer.pack(given))
+        return out.index_put((there.nonzero()[:, 0].to(out.device),), encoded)
+
+    def _images(self, items: list[tuple[Picture, ...] | None]) -> dict[str, Tensor]:
+        """``image`` [b, D], and for heads that pool every picture's own as ``FeatureRows.batch`` gives it."""
+        pool = self.rows.declared["image"].pool
+        counts = [len(item or ()) for item in items]
+        mask = torch.arange(max(1, *counts)) < torch.tensor(counts)[:, None]
+        mask = mask.to(self.model.device)
+        out = torch.zeros(*mask.shape, self.model.embed_dim, device=self.model.device)
+        if given := list(chain.from_iterable(item or () for item in items)):
+            pixels, broken = read_pixels(self.model, given, self.reader, self.max_pixels)
+            assert not any(broken), f"a picture changed while it was trained on: {broken}"
+            out = out.index_put(mask.nonzero(as_tuple=True), self.model.model.encode_image(pixels))
+        if pool is None:
+            return {"image": out[:, 0]}
+        several = {"image_set": out, "image_set_mask": mask} if pool == "attention" else {}
+        return {"image": mean_pool(out, mask)} | several
 
 
 def encode_rows(rows: LiveRows, modalities: tuple[str, ...]) -> FeatureRows:
     """Features of these modalities of live rows as their encoders are now, without gradients, each distinct
     item encoded once."""
-    items = Rows("", [""] * len(rows), modalities, list(rows.images), list(rows.texts), [], [], [])
-    features, _ = extract(rows.model, items, max_pixels=rows.max_pixels)
+    some = replace(rows.rows, declared={k: rows.rows.declared[k] for k in modalities}, groups=[])
+    features, _ = extract(rows.model, some, max_pixels=rows.max_pixels)
     return features

@@ -6,7 +6,7 @@ broken, which is an error (see ``cells``). Nothing is guessed: columns are named
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -17,41 +17,61 @@ from ..configs.errors import UserError
 from ..configs.files import resolve_data_path
 from ..pretrain.probe import grouped_holdout
 from ..pretrain.statistics import Ints
-from .cells import Picture, PictureFolder
-from .config import LabelledDataConfig, TaskConfig
+from .cells import PictureFolder, embeddings, is_missing, records, text_of
+from .config import LabelledDataConfig, ModalityConfig, TaskConfig
+from .samples import Damaged
+from .sources import Whole, read_source
 from .tables import read_columns
 
-__all__ = ["Rows", "Splits", "group_names", "parse_rows", "read_columns", "read_rows", "split_rows"]
+__all__ = [
+    "Rows",
+    "Splits",
+    "group_names",
+    "parse_rows",
+    "read_columns",
+    "read_manifest",
+    "read_rows",
+    "split_rows",
+]
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a table. ``images`` and ``texts`` hold None where a modality is missing; an absent modality
-    is absent from ``modalities``."""
+    """The rows of a table. ``cells`` holds per modality one cell for every row, None where it is missing:
+    ``image`` a tuple of pictures, ``text`` a string, a tabular modality the cells of its columns (see
+    ``cells.records``), an embedding float32 [W]."""
 
     source: str
     ids: list[str]
-    modalities: tuple[str, ...]
-    images: list[Picture | None]
-    texts: list[str | None]
-    targets: list[Any]
-    groups: list[str]
-    splits: list[str]
+    declared: dict[str, ModalityConfig]
+    """The modalities in the config's order, and how the config declares them."""
+    cells: dict[str, list[Any]]
+    targets: list[Any] = field(default_factory=list[Any])
+    groups: list[str] = field(default_factory=list[str])
+    splits: list[str] = field(default_factory=list[str])
     weights: list[float] = field(default_factory=list[float])
     """Of the training loss; empty where all rows count the same."""
     first: int = 0
     """Rows of the table before these, which were read in chunks; messages count them."""
+    damaged: tuple[Damaged, ...] = ()
+    """Samples that are no rows, because they cannot be read."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities."""
+        return tuple(self.declared)
+
     def take(self, rows: Ints) -> "Rows":
         """The given rows, in the given order."""
-        names = ("ids", "images", "texts", "targets", "groups", "splits", "weights")
+        names = ("ids", "targets", "groups", "splits", "weights")
         picked = {n: [values[i] for i in rows] if (values := getattr(self, n)) else values for n in names}
-        return replace(self, **picked)
+        cells = {k: [values[i] for i in rows] for k, values in self.cells.items()}
+        return replace(self, cells=cells, **picked)
 
 
 @dataclass(frozen=True)
@@ -64,10 +84,21 @@ class Splits:
 
 
 def read_rows(config: LabelledDataConfig, task: TaskConfig) -> Rows:
-    """Read and check the labelled table of a config; see ``parse_rows``."""
-    path = resolve_data_path(config.manifest)
-    folder = PictureFolder(path.parent, resolve_data_path(config.root) if config.root else None)
-    return parse_rows(read_columns(path), config, folder, source=str(path), target=task.target)
+    """Read and check the labelled table of a config; see ``parse_rows``. Raises UserError also for a damaged
+    sample, unless ``on_error`` lets it be left out."""
+    table, folder = read_manifest(config)
+    if table.damaged and config.on_error == "raise":
+        more = f" ({len(table.damaged)} such samples)" if len(table.damaged) > 1 else ""
+        raise UserError(f"{table.damaged[0]}{more}; mend it or set data.on_error=quarantine")
+    rows = parse_rows(table.columns, config, folder, source=table.name, target=task.target)
+    return replace(rows, damaged=tuple(table.damaged))
+
+
+def read_manifest(config: LabelledDataConfig) -> tuple[Whole, PictureFolder]:
+    """The columns of ``data.manifest``, and where its pictures are looked for."""
+    table = read_source(config.manifest, config.format, key="data.format")
+    root = resolve_data_path(config.root) if config.root else None
+    return table, PictureFolder(table.folder, root)
 
 
 def parse_rows(
@@ -98,10 +129,6 @@ def parse_rows(
             raise UserError(f"{key}: {source} has no column '{name}'; {hint}")
         return columns[name]
 
-    modalities = {k: m.column for k, m in config.modalities.items()}
-    if target is None:  # a table to predict may lack a modality altogether
-        modalities = {k: name for k, name in modalities.items() if name in columns} or modalities
-    cells = {k: column(f"data.modalities.{k}.column", name) for k, name in modalities.items()}
     labelled = target is not None
     ids = _ids(column("data.id", config.id) if config.id and (labelled or config.id in columns) else None, n)
     if labelled and (repeated := [name for name, count in Counter(ids).items() if count > 1]):
@@ -109,19 +136,15 @@ def parse_rows(
             f"{source}: id '{repeated[0]}' stands on {ids.count(repeated[0])} rows; make it unique"
         )
     where = [f"{source}: row {first + i + 1}" for i in range(n)]
-    images = (
-        [folder.parse(cell, w) for cell, w in zip(cells["image"], where, strict=True)]
-        if "image" in cells
-        else []
-    )
-    texts = [_text(cell, w) for cell, w in zip(cells["text"], where, strict=True)] if "text" in cells else []
+    if "__key__" in columns:
+        where = [f"{place} ({key})" for place, key in zip(where, columns["__key__"], strict=True)]
+    cells = _cells(config, columns, where, folder, column, partly=not labelled)
     for i in range(n):
-        if (not images or images[i] is None) and (not texts or texts[i] is None):
+        if all(some[i] is None for some in cells.values()):
             raise UserError(
                 f"{where[i]} has neither {' nor '.join(config.modalities)}; fill a cell or remove it"
             )
-    there = images or [None] * n, texts or [None] * n
-    rows = Rows(source, ids, tuple(config.modalities), *there, [], [], [], first=first)
+    rows = Rows(source, ids, dict(config.modalities), cells, first=first)
     if target is None:
         return rows
     if isinstance(target, str):
@@ -136,11 +159,36 @@ def parse_rows(
     return rows
 
 
-def is_missing(cell: Any) -> bool:
-    """Whether a cell is empty: None, NaN or nothing but white space."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return True
-    return isinstance(cell, str) and not cell.strip()
+def _cells(
+    config: LabelledDataConfig,
+    columns: Mapping[str, Sequence[Any]],
+    where: Sequence[str],
+    folder: PictureFolder,
+    column: Callable[[str, str], Sequence[Any]],
+    *,
+    partly: bool,
+) -> dict[str, list[Any]]:
+    """The cells of every modality. ``partly``: a table to predict may lack columns, whose cells are then
+    empty, but not all of them."""
+    empty = [None] * len(where)
+    named = [name for m in config.modalities.values() for names in m.columns.values() for name in names]
+    partly = partly and any(name in columns for name in named)
+    cells: dict[str, list[Any]] = {}
+    for k, m in config.modalities.items():
+        given = [
+            empty if partly and name not in columns else column(f"data.modalities.{k}.{key}", name)
+            for key, names in m.columns.items()
+            for name in names
+        ]
+        if m.tabular:
+            cells[k] = list(records(m, given, where))
+        elif m.embedding is not None:
+            cells[k] = list(embeddings(given[0], m.embedding, where))
+        elif k == "image":
+            cells[k] = [folder.several(cell, w, m) for cell, w in zip(given[0], where, strict=True)]
+        else:
+            cells[k] = [text_of(cell, w) for cell, w in zip(given[0], where, strict=True)]
+    return cells
 
 
 def group_names(cells: Sequence[Any], ids: Sequence[str]) -> list[str]:
@@ -155,16 +203,6 @@ def group_names(cells: Sequence[Any], ids: Sequence[str]) -> list[str]:
 
 def _ids(column: Sequence[Any] | None, n: int) -> list[str]:
     return [str(i) for i in range(n)] if column is None else [str(cell) for cell in column]
-
-
-def _text(cell: Any, where: str) -> str | None:
-    if is_missing(cell):
-        return None
-    if not isinstance(cell, str):
-        raise UserError(
-            f"{where}: the text is {type(cell).__name__} {str(cell)[:40]!r}; write it as a string"
-        )
-    return cell
 
 
 def _weights(cells: Sequence[Any], name: str, where: Sequence[str]) -> list[float]:

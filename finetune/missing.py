@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import SINGLE
 from .heads import head_answers
 from .intervals import paired_intervals
 from .presence import Shown
@@ -85,19 +84,20 @@ def _seen(session: Session, rows: Ints) -> list[dict[str, NDArray[np.bool_]]]:
 def missing_answers(session: Session, name: str, rows: Ints) -> Floats:
     """Probabilities [S, n, C] of a saved head on the rows in each of the S scenarios; S is 0 for a head that
     reads one modality and where there is one alone."""
-    if session.config.all_heads()[name].op in SINGLE or not scenarios(session.rows.modalities):
+    if session.config.all_heads()[name].single or not scenarios(session.rows.modalities):
         return np.zeros((0, len(rows), 1))
     return np.stack(head_answers(session, name, rows, _seen(session, rows)))
 
 
 def missing_matrix(
-    session: Session, name: str, rows: Ints, targets: Targets, answers: Floats
+    session: Session, name: str, rows: Ints, targets: Targets, answers: Floats, said: Floats
 ) -> dict[str, Any]:
     """``missing``: the head's first metric, and the one that chose it, in every scenario, with intervals.
 
-    rows: numbers [n], a row once per repeat; targets: theirs [n]; answers: [S, n, C]. Empty without answers.
-    ``diff`` is the paired difference of the first metric to that of all modalities and rate 0, positive where
-    the scenario is better. ``present``: the share of rows in which each modality was seen.
+    rows: numbers [n], a row once per repeat; targets: theirs [n]; answers: [S, n, C], and what is said of
+    them (see ``thresholds.decided``). Empty without answers. ``diff`` is the paired difference of the first
+    metric to that of all modalities and rate 0, positive where the scenario is better. ``present``: the share
+    of rows in which each modality was seen.
     """
     if len(answers) == 0:
         return {}
@@ -111,6 +111,7 @@ def missing_matrix(
         metrics,
         [session.rows.groups[i] for i in rows],
         task=task,
+        said=dict(zip(names, said, strict=True)),
         against=names[0],
         samples=session.config.eval.bootstrap,
     )

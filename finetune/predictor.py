@@ -4,6 +4,7 @@ Tables are files, pandas data frames, pyarrow tables, dicts of columns or lists 
 missing in some rows, or in all of them by leaving out its column.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,19 @@ from numpy.typing import NDArray
 from ..configs.errors import UserError
 from ..pretrain.model import LoadedModel
 from .cells import PictureFolder
+from .columns import column_features, read_states
 from .config import LabelledDataConfig, ModalityConfig
 from .explain import Explanation, coalitions, explained_class, shapley, values_of
 from .features import FeatureRows, Progress, extract, silent
-from .manifest import Rows, parse_rows, read_columns
+from .manifest import Rows, parse_rows
 from .presence import Shown, has_weights, logits_under, weights_of
 from .relevance import Member, Relevance, relevance_of
 from .saved import SavedHead, device_of, open_encoder, read_head, read_json
 from .scored import score_table
+from .sources import Form, read_source
 from .tables import Columns, LazyColumn, cells_of
 from .tasks import Floats, Task
+from .thresholds import decided
 
 __all__ = ["Predictor"]
 
@@ -46,12 +50,17 @@ class Predictor:
         """What stood between the labels of the training table's cells (multilabel), if they were text."""
         self.classes: list[str] = list(info["classes"])
         """Class names in the order of ``predict_proba``'s columns."""
-        self.modalities: dict[str, str] = dict(info["modalities"])
-        """Column per modality."""
+        self.modalities: dict[str, ModalityConfig] = declared_in(info["modalities"])
+        """The modalities and their columns."""
+        document = read_json(run / "heads" / name / "head.json")
+        self.states = read_states(document.get("columns", {}))
+        """How cells of modalities without encoder become vectors."""
         self.has_weights = has_weights(saved[0].head)
         """Whether the head weighs its modalities."""
         self.max_pixels = int(info["max_pixels"])
         """Pictures with more pixels are not decoded."""
+        self.thresholds: list[float] = info.get("thresholds", {}).get(name, [0.5] * len(self.classes[-1:]))
+        """From which probability on the positive class, or each label, is predicted; none for other tasks."""
         self._info, self._saved, self._device = info, saved, device
         self._models: dict[Path, LoadedModel] = {}
 
@@ -79,7 +88,9 @@ class Predictor:
                 f"{run}: head '{name}' was trained again by a run that did not finish; let diptych finetune "
                 "finish it"
             )
-        saved = read_head(run / "heads" / name, info["widths"], info["token_widths"], task)
+        saved = read_head(
+            run / "heads" / name, info["widths"], info["token_widths"], task, info.get("pooled", ())
+        )
         return cls(run, info, name, saved, place)
 
     @property
@@ -104,22 +115,37 @@ class Predictor:
         return export(self.run, kind, path, head=self.head, force=force)
 
     def predict(
-        self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
+        self,
+        table: Any,
+        *,
+        format: Form | None = None,
+        root: str | Path | None = None,
+        progress: Progress = silent,
     ) -> list[Any]:
         """The answer for every row: the most probable class; of ordered classes the one that holds the
-        middle of the probabilities; for multilabel a list of the labels from 0.5 on; for regression a float
-        in the target's unit. See ``predict_proba`` for what may be given."""
-        return self.task.named(self.of_rows(self._rows(table, root), progress=progress))
+        middle of the probabilities; of two classes the positive one, and for multilabel a list of the labels,
+        from their ``thresholds`` on; for regression a float in the target's unit. See ``predict_proba`` for
+        what may be given."""
+        return self.named(self.of_rows(self._rows(table, root, format), progress=progress))
+
+    def named(self, p: Floats) -> list[Any]:
+        """What is predicted of answers [n, C], see ``predict``."""
+        return self.task.named(self._said(p))
+
+    def _said(self, p: Floats) -> Floats:
+        return decided(self.task, p, self.thresholds)
 
     def predict_proba(
         self,
         table: Any,
         *,
+        format: Form | None = None,
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> Floats:
-        """Probabilities float64 [n, C] of the rows of a table: a path (CSV, TSV, JSONL, Parquet), a data
-        frame, a dict of columns or a list of rows. Of multilabel tasks each column is one label's.
+        """Probabilities float64 [n, C] of the rows of a table: a path (CSV, TSV, JSONL, Parquet, a tar, or a
+        folder that ``format`` says to be of ``shards`` or ``folders``), a data frame, a dict of columns or a
+        list of rows. Of multilabel tasks each column is one label's.
 
         Image cells are paths (relative to the file's folder, else to the current one; never outside it, or
         outside ``root``), bytes, ``FOLDER#KEY`` or PIL images. Raises UserError for a picture that cannot be
@@ -127,7 +153,7 @@ class Predictor:
         """
         if self.task.type == "regression":
             raise UserError(f"{self.run}: regression has no probabilities; use predict")
-        rows = self._rows(table, root)
+        rows = self._rows(table, root, format)
         return self.of_rows(rows, progress=progress)
 
     def explain(
@@ -135,6 +161,7 @@ class Predictor:
         table: Any,
         *,
         of: str | None = None,
+        format: Form | None = None,
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> list[dict[str, float]]:
@@ -145,7 +172,7 @@ class Predictor:
         They sum to the value for the row as it is less the value for nothing. See ``predict_proba`` for what
         may be given; UserError also for an unknown class.
         """
-        return self.explain_rows(self._rows(table, root), of=of, progress=progress)[1].rows()
+        return self.explain_rows(self._rows(table, root, format), of=of, progress=progress)[1].rows()
 
     def explain_rows(
         self, rows: Rows, *, of: str | None = None, progress: Progress = silent
@@ -156,7 +183,9 @@ class Predictor:
         sets = coalitions(modalities)
         shown = [{k: np.full(len(rows), k in some) for k in modalities} for some in sets]
         answers, weights = self._answers(rows, shown, progress, weights=True)
-        classes = explained_class(self.task, answers[-1], of)
+        # of labels the most probable is explained, of two classes the one that is predicted
+        known = answers[-1] if self.task.type == "multilabel" else self._said(answers[-1])
+        classes = explained_class(self.task, known, of)
         values = {some: values_of(p, classes) for some, p in zip(sets, answers, strict=True)}
         named = None if classes is None else [self.task.classes[c] for c in classes]
         phi = shapley(values, modalities)
@@ -178,14 +207,19 @@ class Predictor:
         return relevance_of(members, self.task, rows, classes, max_pixels=self.max_pixels)
 
     def embed(
-        self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
+        self,
+        table: Any,
+        *,
+        format: Form | None = None,
+        root: str | Path | None = None,
+        progress: Progress = silent,
     ) -> dict[str, NDArray[np.float32]]:
         """Embeddings float32 [n, D] per modality, of length 1; NaN in rows where it is missing.
 
         Of heads that were trained with their encoders those of the first seed's: encoders of different seeds
         have no common space. See ``predict_proba`` for what may be given.
         """
-        rows = self._rows(table, root)
+        rows = self._rows(table, root, format)
         features = self._features(self._saved[0].encoder or self.run / "encoder", rows, None, progress)
         made: dict[str, NDArray[np.float32]] = {}
         for k, index in features.index.items():
@@ -198,6 +232,7 @@ class Predictor:
         self,
         table: Any,
         *,
+        format: Form | None = None,
         root: str | Path | None = None,
         samples: int | None = None,
         progress: Progress = silent,
@@ -210,12 +245,12 @@ class Predictor:
         run does not know.
         """
         if isinstance(table, str | Path):
-            columns, rows = self.read(table, root)
+            columns, rows = self.read(table, root, format)
         else:
-            columns, rows = _columns(table), self._rows(table, root)
+            columns, rows = _columns(table), self._rows(table, root, format)
         p = self.of_rows(rows, progress=progress)
         info = dict(self._info) if samples is None else dict(self._info) | {"bootstrap": samples}
-        return {"head": self.head} | score_table(self.task, info, columns, rows, p)
+        return {"head": self.head} | score_table(self.task, info, columns, rows, p, self._said(p))
 
     def of_rows(self, rows: Rows, *, progress: Progress = silent) -> Floats:
         """Probabilities of parsed rows; for regression the answers [n, 1]."""
@@ -261,31 +296,39 @@ class Predictor:
         )
         if broken:
             first = min(broken)
+            picture, reason = broken[first]
             raise UserError(
-                f"{rows.source}: row {rows.first + first + 1}: image {rows.images[first]} cannot be read: "
-                f"{broken[first]}; mend it or empty the cell"
+                f"{rows.source}: row {rows.first + first + 1}: image {picture} cannot be read: {reason}; "
+                "mend it or empty the cell"
             )
-        return features.to(self._device)
+        return features.beside(column_features(rows, self.states)).to(self._device)
 
-    def read(self, path: str | Path, root: str | Path | None = None) -> tuple[Columns, Rows]:
-        """All columns of a table file, and its parsed rows."""
-        path = Path(path)
-        columns = read_columns(path)
-        return columns, self.parse(
-            columns, PictureFolder(path.parent, Path(root) if root else None), str(path)
-        )
+    def read(
+        self, path: str | Path, root: str | Path | None = None, format: Form | None = None
+    ) -> tuple[Columns, Rows]:
+        """All columns of a table file, shards or folders, and their parsed rows."""
+        table = read_source(path, format)
+        if table.damaged:
+            raise UserError(f"{table.damaged[0]}; mend it or remove it")
+        folder = PictureFolder(table.folder, Path(root) if root else None)
+        return table.columns, self.parse(table.columns, folder, table.name)
 
-    def _rows(self, table: Any, root: str | Path | None) -> Rows:
+    def _rows(self, table: Any, root: str | Path | None, format: Form | None = None) -> Rows:
         if isinstance(table, str | Path):
-            return self.read(table, root)[1]
+            return self.read(table, root, format)[1]
         folder = PictureFolder(Path(root) if root is not None else Path.cwd())
         return self.parse(_columns(table), folder, "the table")
 
     def parse(self, columns: Columns, folder: PictureFolder, source: str, first: int = 0) -> Rows:
         """Rows of columns, or of a chunk of them with ``first`` rows before it."""
-        modalities: Any = {k: ModalityConfig(column=c) for k, c in self.modalities.items()}
-        config = LabelledDataConfig(manifest=source, modalities=modalities, id=self._info["id"])
+        config = LabelledDataConfig(manifest=source, modalities=self.modalities, id=self._info["id"])
         return parse_rows(columns, config, folder, source=source, target=None, first=first)
+
+
+def declared_in(modalities: Mapping[str, Any]) -> dict[str, ModalityConfig]:
+    """The modalities of run.json; earlier runs name the column of each alone."""
+    given = {k: {"column": m} if isinstance(m, str) else m for k, m in modalities.items()}
+    return {k: ModalityConfig.model_validate_json(json.dumps(m)) for k, m in given.items()}
 
 
 def _columns(table: Any) -> Columns:

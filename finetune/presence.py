@@ -11,6 +11,7 @@ from .adapt import Source
 from .fusion import Gated, Head, Late, WeightedSum
 from .head import Features, Present, masked_softmax
 from .ordinal import Ordinal
+from .pooling import Pooled
 
 __all__ = ["Shown", "has_weights", "logits_under", "weights_of"]
 
@@ -43,7 +44,7 @@ def _hidden(present: Present, shown: Shown, chunk: Tensor) -> dict[str, Tensor]:
 
 def has_weights(head: Head) -> bool:
     """Whether a head weighs its modalities; see ``weights_of``."""
-    if isinstance(head, Ordinal):
+    if isinstance(head, Ordinal | Pooled):
         return has_weights(head.inner)
     return isinstance(head, Gated | WeightedSum) or (isinstance(head, Late) and head.learned)
 
@@ -61,6 +62,8 @@ def weights_of(head: Head, rows: Source, *, batch_size: int) -> NDArray[np.float
 def _weights(head: Head, features: Features, present: Present) -> Tensor:
     if isinstance(head, Ordinal):
         return _weights(head.inner, features, present)
+    if isinstance(head, Pooled):
+        return _weights(head.inner, head.pooled(features, present), present)
     if isinstance(head, Gated):
         return head.gates(head.filled(features, present), present).mean(2)
     if isinstance(head, WeightedSum):

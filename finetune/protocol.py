@@ -7,8 +7,9 @@
    groups, and paired differences to the best single modality; the recommended head also with modalities
    missing.
 
-With ``eval.cv`` every outer fold is treated so (see ``crossval``). Finished heads are kept: the same command
-goes on where it stopped, and trains anew only what has changed.
+With ``eval.cv`` every outer fold is treated so (see ``crossval``), unless ``eval.holdout`` asks for the fixed
+splits. Every new set of models that is scored on fixed test rows is counted (see ``looks``). Finished heads
+are kept: the same command goes on where it stopped, and trains anew only what has changed.
 """
 
 import json
@@ -20,11 +21,13 @@ from ..configs.files import atomic_write_text
 from .config import FinetuneConfig
 from .crossval import cross_validate
 from .features import Progress, silent
-from .heads import head_probabilities, history_of, kept_inner, train_head
+from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
+from .looks import look
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
-from .scoring import choose, evaluate, write_run
+from .scoring import choose, evaluate, threshold_facts, write_run
 from .session import Session, open_sessions, run_folder
+from .thresholds import decided
 
 __all__ = ["finetune", "run_folder"]
 
@@ -40,7 +43,7 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
     sessions = open_sessions(config, progress, say)
     journal = sessions[0].journal
     try:
-        result = _fixed(sessions[0], say) if config.eval.cv is None else cross_validate(sessions, say)
+        result = _fixed(sessions[0], say) if config.eval.folds is None else cross_validate(sessions, say)
     except BaseException:
         journal.finish(exit_code=1)
         raise
@@ -55,9 +58,11 @@ def _fixed(session: Session, say: Say) -> dict[str, Any]:
     session.journal.histories = [history_of(session, name) for name in heads]
     for name, head in heads.items():
         train_head(session, name, head, say)
-    best, single = choose(session.task, {name: kept_inner(session, name) for name in heads})
+    best, single = choose(
+        session.task, {name: kept_inner(session, name) for name in heads}, session.config.singles()
+    )
     write_run(session, list(heads), best)
-    test = session.splits.test
+    test, task = session.splits.test, session.task
     p = {}
     with session.progress("scoring the test rows", len(heads)) as advance:
         for name in heads:
@@ -65,6 +70,20 @@ def _fixed(session: Session, say: Say) -> dict[str, Any]:
             advance(1)
     hidden = missing_answers(session, best, test)
     documents = {name: read_json(session.head_folder(name) / "head.json") for name in heads}
-    result = evaluate(session, test, session.targets[test], p, documents, best=best, single=single)
-    result |= missing_matrix(session, best, test, session.targets[test], hidden)
+    limits = {name: kept_thresholds(session, name) for name in heads}
+    said = {name: decided(task, p[name], limits[name]) for name in heads}
+    looks = _look(session, documents, limits, best)
+    result = evaluate(session, test, session.targets[test], p, said, documents, best=best, single=single)
+    seen = decided(task, hidden, limits[best])
+    result |= missing_matrix(session, best, test, session.targets[test], hidden, seen)
+    result |= threshold_facts(session, limits) | {"test_looks": looks}
+    if session.config.eval.holdout and session.config.eval.cv is not None:
+        result["holdout"] = {"cv": session.config.eval.cv.model_dump()}
     return result | {"n_train": len(session.splits.train), "n_inner": len(session.splits.inner)}
+
+
+def _look(session: Session, documents: dict[str, Any], limits: dict[str, list[float]], best: str) -> int:
+    """Count that these heads are about to be scored on the test rows."""
+    keys = {name: document["key"] for name, document in documents.items()}
+    facts = {"heads": list(keys), "best": best, "n_test": len(session.splits.test)}
+    return look(session.folder, [keys, limits, session.test_key], facts)

@@ -123,6 +123,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     runs.
     """
     folders = [Path(run) for run in runs] or newest_runs(Path("runs"))
+    folders = list(dict.fromkeys(one for folder in folders for one in _with_holdout(folder)))
     files = [read_run(folder) for folder in folders]
     path = Path(out) if out is not None else folders[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,15 +131,26 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     return path
 
 
+def _with_holdout(folder: Path) -> list[Path]:
+    """A run, and after it the scores of its held-out split, if there are some."""
+    holdout = folder / "holdout"
+    return [folder, holdout] if (holdout / "results.json").is_file() else [folder]
+
+
+def _name(run: RunFiles) -> str:
+    folder = run.folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "holdout" else folder.name
+
+
 def page(runs: Sequence[RunFiles]) -> str:
     """The whole page."""
-    title = "Diptych: " + " and ".join(run.folder.resolve().name for run in runs)
+    title = "Diptych: " + " and ".join(_name(run) for run in runs)
     tiles: list[str] = []
     sections: list[str] = []
     for run in runs:
         if sum(other.kind == run.kind for other in runs) > 1:  # several of a kind need their names
-            name = f'<h2 class="run">{text(run.folder.resolve().name)}</h2>'
-            tiles.append(f'<div class="tile"><b>{text(run.folder.resolve().name)}</b></div>')
+            name = f'<h2 class="run">{text(_name(run))}</h2>'
+            tiles.append(f'<div class="tile"><b>{text(_name(run))}</b></div>')
             sections.append(name)
         if run.kind == "finetune":
             tiles += gain_tile(run.results) + finetune_tiles(run.results)
@@ -234,7 +246,7 @@ def _data(runs: Sequence[RunFiles]) -> str:
 
 
 def _settings(runs: Sequence[RunFiles]) -> str:
-    parts = [details(f"{run.folder.name}: config.yaml", run.config) for run in runs]
+    parts = [details(f"{_name(run)}: config.yaml", run.config) for run in runs]
     recorded = next((run.versions for run in runs if run.versions), None)
     shown = recorded or versions()
     where = "recorded with the checkpoint" if recorded else "installed where this page was made"

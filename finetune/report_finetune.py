@@ -20,12 +20,12 @@ from .report_html import (
     text,
     tile,
 )
+from .report_protocol import protocol_note, threshold_note
 from .verdict import no_verdict
 
 __all__ = ["finetune_sections", "finetune_tiles"]
 
 Json = Mapping[str, Any]
-SINGLE = ("image", "text")
 GAIN = (
     "Gain: paired difference to the best single modality on the same rows, positive where the head is "
     "better; a head is better only if the interval of its gain leaves out 0. The tinted head was chosen "
@@ -35,6 +35,11 @@ GAIN = (
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _single(head: Json) -> bool:
+    """Whether a head reads one modality alone."""
+    return head.get("stage") == "single"
 
 
 def _primary(heads: Json) -> str | None:
@@ -59,7 +64,7 @@ def _selected(heads: Json, metric: str, results: Json) -> str | None:
     """The head that the run chose on its inner split; only without one the best fused head of the table."""
     if results.get("best") in heads:
         return str(results["best"])
-    return next((name for name in _ranked(heads, metric) if name not in SINGLE), None)
+    return next((name for name in _ranked(heads, metric) if not _single(heads[name])), None)
 
 
 def finetune_tiles(results: Json) -> list[str]:
@@ -70,13 +75,13 @@ def finetune_tiles(results: Json) -> list[str]:
         return []
     best = _selected(heads, metric, results)
     tiles: list[str] = []
-    for name in [best, *(n for n in SINGLE if n in heads and n != best)]:
+    for name in [best, *(n for n in heads if _single(heads[n]) and n != best)]:
         if name is None:
             continue
         score = dict(_mapping(heads[name]["metrics"][metric]))
         levels = ("chance", "majority") if metric == "accuracy" else ("chance",)
         score |= {k: results[k] for k in levels if k in results}
-        what = f"{name} alone" if name in SINGLE else f"fused: {name}"
+        what = f"{name} alone" if _single(heads[name]) else f"fused: {name}"
         note = f"{count(results.get('n_test'))} test rows"
         tiles.append(tile(f"{metric}, {what}", score, note, share=metric not in UNITS))
     return tiles
@@ -93,6 +98,8 @@ def finetune_sections(folder: Path, results: Json, epochs: Sequence[Json] = ()) 
     parts = [f"<h2>Fusion on {text(results.get('task', 'the task'))}</h2>"]
     if results.get("headline"):
         parts.append(f"<p>{text(results['headline'])}</p>")
+    for note in (protocol_note(results), threshold_note(results)):
+        parts.append(f"<p>{text(note)}</p>" if note else "")
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
     parts.append(f'<p class="soft">{rows} {GAIN}</p>')
     parts.append(_fusion_table(heads, metric, results))

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from ..configs.files import temporary_beside
 from ..pretrain.statistics import Interval
-from .config import SINGLE
 from .manifest import Rows
 from .metrics_more import defined_labels
 from .tasks import Floats, Ints, Task
@@ -42,7 +41,7 @@ def make_results(
         made |= {"op": document["config"]["op"], "method": document["adapt"]["method"]}
         made |= {"seeds": [seed["seed"] for seed in document["seeds"]]}
         made["metrics"] = {metric: _plain(interval) for metric, interval in scores[name].items()}
-        if name in gains and name not in SINGLE:
+        if name in gains and document["stage"] != "single":
             gain = _plain(gains[name])
             versus = {"diff": gain["value"], "low": gain["low"], "high": gain["high"], "against": single}
             made["vs_best_single"] = versus | {"metric": task.metrics[0]}

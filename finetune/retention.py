@@ -29,7 +29,7 @@ def retention(rows: LiveRows, targets: Tensor, task: Task, adapt: AdaptConfig) -
     binary tasks the positive ones, as the others may be pairs that do not match. Where there are no pairs,
     ``zero-shot accuracy`` of the n pictures with the texts of their classes.
     """
-    features = encode_rows(rows, rows.modalities)
+    features = encode_rows(rows, rows.modalities)  # those of the towers
     targets = targets.cpu()
     if {"image", "text"} <= set(rows.modalities):
         both = (features.index["image"] >= 0) & (features.index["text"] >= 0)

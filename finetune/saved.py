@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,11 @@ def save_head(
 
 
 def read_head(
-    folder: Path, widths: dict[str, int], token_widths: dict[str, int] | None, task: Task
+    folder: Path,
+    widths: dict[str, int],
+    token_widths: dict[str, int] | None,
+    task: Task,
+    pooled: Sequence[str] = (),
 ) -> list[SavedHead]:
     """The trained heads of all seeds, in eval mode, for the outputs of a task. Raises UserError for a damaged
     or foreign file."""
@@ -156,7 +160,7 @@ def read_head(
     saved: list[SavedHead] = []
     for seed in document["seeds"]:
         path = folder / f"seed_{seed['seed']}.safetensors"
-        head = build_head(config, widths, task.outputs, token_widths, task.link)
+        head = build_head(config, widths, task.outputs, token_widths, task.link, pooled)
         try:
             if file_hash(path) != document["files"][path.name]:
                 raise UserError(

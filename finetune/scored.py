@@ -18,9 +18,10 @@ __all__ = ["score_table"]
 
 
 def score_table(
-    task: Task, info: Mapping[str, Any], columns: Columns, rows: Rows, p: Floats
+    task: Task, info: Mapping[str, Any], columns: Columns, rows: Rows, p: Floats, said: Floats
 ) -> dict[str, Any]:
-    """``n``, ``n_groups`` and ``metrics`` with intervals of answers p [n, C] to labelled rows.
+    """``n``, ``n_groups`` and ``metrics`` with intervals of answers p [n, C] to labelled rows, and of what is
+    said of them (see ``thresholds.decided``).
 
     info: run.json. Raises UserError for a target column that is not there, empty or unknown labels.
     """
@@ -33,6 +34,7 @@ def score_table(
         task.metrics,
         groups,
         task=task,
+        said={"head": said},
         samples=int(info.get("bootstrap", 1000)),
     )
     plain = {name: interval.as_dict() for name, interval in scores["head"].items()}

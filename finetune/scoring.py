@@ -1,36 +1,46 @@
 """What a run makes of its trained heads: which one it recommends, and scores of rows that none has seen."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..configs.files import atomic_write_text
 from ..pretrain.statistics import Interval
-from .config import SINGLE
+from .heads import kept_thresholds
 from .intervals import paired_intervals
 from .results import SHARES, headline, make_results, write_predictions
 from .saved import read_json
 from .session import Session
 from .targets import Targets
 from .tasks import Floats, Ints, Task, higher_is_better
+from .thresholds import has_thresholds
 from .verdict import no_verdict
 
-__all__ = ["choose", "evaluate", "fusion_gain", "rechosen", "write_run"]
+__all__ = [
+    "choose",
+    "evaluate",
+    "fusion_gain",
+    "named_thresholds",
+    "rechosen",
+    "threshold_facts",
+    "write_run",
+]
 
 Json = dict[str, Any]
 
 
-def choose(task: Task, inner: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """The recommended head and the best single modality, both by the inner rows alone."""
+def choose(task: Task, inner: Mapping[str, Mapping[str, float]], singles: Collection[str]) -> tuple[str, str]:
+    """The recommended head and the best single modality, both by the inner rows alone. ``singles``: names of
+    the heads that read one modality."""
     sign = 1 if higher_is_better(task.primary) else -1
 
     def score(name: str) -> tuple[float, float]:
         return sign * inner[name][task.primary], -inner[name]["loss"]
 
-    fused = [name for name in inner if name not in SINGLE] or list(inner)
-    return max(fused, key=score), max((name for name in inner if name in SINGLE), key=score)
+    fused = [name for name in inner if name not in singles] or list(inner)
+    return max(fused, key=score), max((name for name in inner if name in singles), key=score)
 
 
 def write_run(session: Session, heads: list[str], best: str) -> None:
@@ -40,20 +50,38 @@ def write_run(session: Session, heads: list[str], best: str) -> None:
         "task": session.task.type,
         "classes": list(session.task.classes),
         "target": session.config.task.target,
-        "modalities": {k: m.column for k, m in data.modalities.items()},
+        "modalities": {
+            k: m.model_dump(mode="json", exclude_defaults=True) for k, m in data.modalities.items()
+        },
         "separator": session.config.task.separator,
         "id": data.id,
         "group": data.group,
         "bootstrap": session.config.eval.bootstrap,
         "widths": session.widths,
         "token_widths": session.token_widths,
+        "pooled": session.pooled,
         "max_pixels": data.max_pixels,
         "heads": heads,
         "keys": {name: read_json(session.head_folder(name) / "head.json")["key"] for name in heads},
         "best": best,
+        "thresholds": {name: kept_thresholds(session, name) for name in heads},
         "encoder_sha256": session.fingerprint,
     }
     atomic_write_text(session.folder / "run.json", json.dumps(document, indent=1) + "\n")
+
+
+def threshold_facts(session: Session, limits: Mapping[str, list[float]]) -> Json:
+    """``threshold`` of results.json: ``eval.threshold`` and what it comes to, per head and label; empty for
+    tasks without thresholds."""
+    if not has_thresholds(session.task.type):
+        return {}
+    heads = {name: named_thresholds(session.task, values) for name, values in limits.items()}
+    return {"threshold": {"setting": session.config.eval.threshold, "heads": heads}}
+
+
+def named_thresholds(task: Task, limits: Sequence[float]) -> dict[str, float]:
+    """Thresholds by label; of binary tasks that of the positive one."""
+    return dict(zip(task.classes[-len(limits) :], limits, strict=True))
 
 
 def evaluate(
@@ -61,6 +89,7 @@ def evaluate(
     rows: Ints,
     targets: Targets,
     p: Mapping[str, Floats],
+    said: Mapping[str, Floats],
     documents: Mapping[str, Json],
     *,
     best: str,
@@ -69,13 +98,21 @@ def evaluate(
 ) -> Json:
     """Scores of test rows with intervals, and what is told with them; writes predictions.parquet.
 
-    rows: numbers [n], a row once per repeat; targets: theirs [n]; p: probabilities [n, C] per head;
-    documents: what head.json holds, per head; more: further columns of the predictions.
+    rows: numbers [n], a row once per repeat; targets: theirs [n]; p: probabilities [n, C] per head; said:
+    what is said of them (see ``thresholds.decided``); documents: what head.json holds, per head; more:
+    further columns of the predictions.
     """
     task, config = session.task, session.config
     groups = [session.rows.groups[i] for i in rows]
     scores, gains = paired_intervals(
-        targets, p, task.metrics, groups, task=task, against=single, samples=config.eval.bootstrap
+        targets,
+        p,
+        task.metrics,
+        groups,
+        task=task,
+        said=said,
+        against=single,
+        samples=config.eval.bootstrap,
     )
     everything = np.arange(len(rows))
     write_predictions(session.folder, task, session.rows.take(rows), targets, everything, p, more)
@@ -94,7 +131,8 @@ def evaluate(
 
 def rechosen(session: Session, rows: Ints, targets: Targets, p: Floats, single: Floats) -> Json:
     """Score and gain of answers [n, C] that several heads gave, each in the folds that chose it, over those
-    of the single modalities that were chosen so; the first metric."""
+    of the single modalities that were chosen so; the first metric, which tells whether p are probabilities or
+    what is said (see ``thresholds.decided``)."""
     metric = session.task.metrics[0]
     groups = [session.rows.groups[i] for i in rows]
     scores, gains = paired_intervals(

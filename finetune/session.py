@@ -18,7 +18,9 @@ from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
 from ..pretrain.model import LoadedModel, load_model
 from .adapt import Part
+from .cells import Picture
 from .checks import check_inner, prepare, without
+from .columns import ColumnState, column_features, fit_columns
 from .config import FinetuneConfig, LabelledDataConfig
 from .encoders import check_methods
 from .features import FeatureRows, Progress, encoder_fingerprint, extract
@@ -30,9 +32,9 @@ from .saved import device_of, save_encoder
 from .targets import Targets, encode_targets
 from .tasks import Ints, Task
 
-__all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder"]
+__all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder", "too_many"]
 
-VERSION = 2  # of what training does; part of every head's key
+VERSION = 3  # of what training does; part of every head's key
 QUARANTINE_SHARE = 0.001
 
 
@@ -52,6 +54,8 @@ class Session:
     features: FeatureRows
     progress: Progress
     journal: Journal
+    states: dict[str, ColumnState]
+    """How cells of modalities without encoder become vectors, by the training rows."""
     place: Path
     """Where ``heads/`` stands: the run's folder, or a fold's."""
     fold: Fold | None = None
@@ -67,12 +71,25 @@ class Session:
         found = {k: self.features.tables.get(f"{k}_tokens") for k in self.rows.modalities}
         return {k: int(t.shape[2]) for k, t in found.items() if t is not None} or None
 
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """Modalities of several vectors per row, which heads pool."""
+        return tuple(k for k in self.rows.modalities if f"{k}_set" in self.features.tables)
+
+    @property
+    def columns(self) -> FeatureRows:
+        """Features of all rows' modalities without encoder."""
+        tables, index = self.features.tables, self.features.index
+        return FeatureRows({k: tables[k] for k in self.states}, {k: index[k] for k in self.states})
+
     @cached_property
     def data_key(self) -> str:
         """Hash of what heads see of the data: features and labels of training and inner rows, none of the
         test's."""
         parts = [VERSION, self.fingerprint, self.rows.modalities, *asdict(self.task).values()]
-        digest = hashlib.sha256(json.dumps(parts).encode())
+        states = {k: state.model_dump(mode="json") for k, state in self.states.items()}
+        pools = {k: declared.pool for k, declared in self.rows.declared.items()}
+        digest = hashlib.sha256(json.dumps([*parts, states, pools], sort_keys=True).encode())
         digest.update(json.dumps(self.rows.take(self.splits.train).weights).encode())
         for rows in (self.splits.train, self.splits.inner):
             digest.update(self.targets[rows].tobytes())
@@ -93,6 +110,9 @@ class Session:
             items = index[torch.from_numpy(rows)].cpu()
             digest.update((items >= 0).numpy().tobytes())
             digest.update(self.features.tables[k].cpu()[items[items >= 0]].numpy().tobytes())
+            for some in items[items >= 0].split(4096) if k in self.pooled else ():
+                every = self.features.several(k, some.to(index.device), tokens=False)
+                digest.update(every[f"{k}_set"].cpu().numpy().tobytes())
 
     def head_folder(self, name: str) -> Path:
         """Where a head of this run or fold is kept."""
@@ -105,8 +125,9 @@ class Session:
 
 
 def run_folder(config: FinetuneConfig) -> Path:
-    """``out``, or ``runs/NAME``."""
-    return Path(config.out) if config.out is not None else Path("runs") / config.name
+    """``out``, or ``runs/NAME``; with ``eval.holdout`` the folder ``holdout`` in it."""
+    folder = Path(config.out) if config.out is not None else Path("runs") / config.name
+    return folder / "holdout" if config.eval.holdout else folder
 
 
 def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str], None]) -> list[Session]:
@@ -120,13 +141,20 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     parts = plan(config, rows)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
+    if config.eval.folds is None and (folder / "folds").is_dir():
+        raise UserError(
+            f"{folder} holds a cross-validation; keep eval.cv and add --holdout, or give another folder as "
+            "out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(config.model.checkpoint, device=device_of(config.device))
     task = prepared[0][1]
-    check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
+    fitted = fit_columns(rows.take(parts[-1][1].train))
+    widths = {k: fitted[k].width if k in fitted else model.embed_dim for k in rows.modalities}
+    check_heads(config.heads, widths, task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
-    say(f"{_sizes(config, rows, parts[-1][1])}; stopping by {task_metric}")
+    say(f"{_sizes(config, parts[-1][1])}; stopping by {task_metric}")
     features, broken = extract(
         model,
         rows,
@@ -137,20 +165,23 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         max_pixels=config.data.max_pixels,
         progress=progress,
     )
-    if broken:
+    if broken or rows.damaged:
         _quarantine(config, folder, rows, broken)
+    if broken:
         parts = [(fold, without(splits, list(broken))) for fold, splits in parts]
         for part, (targets, task) in zip(parts, prepared, strict=True):
             check_inner(config, rows, part, targets, task)
     features = features.to(model.device)
+    states = [fit_columns(rows.take(splits.train)) for _, splits in parts]
     places = [folder / fold.name if fold else folder for fold, _ in parts]
     journal = Journal(folder, config)
     sessions = [
         Session(
-            config, folder, rows, splits, targets, task, model, fingerprint, features, progress, journal,
+            config, folder, rows, splits, targets, task, model, fingerprint,
+            features.beside(column_features(rows, state).to(model.device)), progress, journal, state,
             place, fold,
         )
-        for place, (fold, splits), (targets, task) in zip(places, parts, prepared, strict=True)
+        for place, (fold, splits), (targets, task), state in zip(places, parts, prepared, states, strict=True)
     ]  # fmt: skip
     save_encoder(model, folder / "encoder", fingerprint)
     atomic_write_text(folder / "config.yaml", to_yaml(config))
@@ -158,48 +189,66 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
 
 
 def data_config(config: FinetuneConfig) -> LabelledDataConfig:
-    """How the table is read: a cross-validation makes no use of a split column."""
-    return config.data if config.eval.cv is None else config.data.model_copy(update={"split": None})
+    """How the table is read: a cross-validation of all rows makes no use of a split column."""
+    folds = config.eval.folds
+    if folds is None or folds.rows == "without_test":
+        return config.data
+    return config.data.model_copy(update={"split": None})
 
 
 def plan(config: FinetuneConfig, rows: Rows) -> list[tuple[Fold | None, Splits]]:
-    """What is trained on what: the fixed splits, or every outer fold and last, without a test, all rows.
+    """What is trained on what: the fixed splits, or every outer fold and last, without a test, all rows that
+    are dealt into folds.
 
     Labels are read for stratification alone.
     """
-    share, cv = config.eval.inner_share, config.eval.cv
+    share, cv = config.eval.inner_share, config.eval.folds
     if cv is None:
         return [(None, split_rows(rows, config.data, inner_share=share))]
-    everything = np.arange(len(rows))
-    whole = Splits(everything, everything[:0], everything[:0])
+    among = np.arange(len(rows))
+    if cv.rows == "without_test":
+        among = np.setdiff1d(among, split_rows(rows, config.data, inner_share=share).test)
+    whole = Splits(among, among[:0], among[:0])
     strata = strata_of(encode_targets(rows, config.task, whole, min_rows=0)[0]) if cv.stratify else None
-    folds = make_folds(rows, strata, cv, inner_share=share)
-    train, inner = inner_split(rows, everything, strata, share=share, seed=cv.seed)
+    folds = make_folds(rows, strata, cv, inner_share=share, among=among)
+    train, inner = inner_split(rows, among, strata, share=share, seed=cv.seed)
     return [*((fold, fold.splits) for fold in folds), (None, replace(whole, train=train, inner=inner))]
 
 
-def _sizes(config: FinetuneConfig, rows: Rows, splits: Splits) -> str:
-    cv = config.eval.cv
+def _sizes(config: FinetuneConfig, splits: Splits) -> str:
+    cv = config.eval.folds
     if cv is not None:
         heads, seeds = len(config.all_heads()), len(config.eval.seeds)
         trained = (heads * cv.folds * cv.repeats + 1) * seeds
         times = f", {cv.repeats} times" if cv.repeats > 1 else ""
-        return f"{len(rows):,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
+        dealt = len(splits.train) + len(splits.inner)
+        return f"{dealt:,} rows in {cv.folds} folds{times}; {trained:,} trainings of {heads} heads"
     return f"{len(splits.train):,} training, {len(splits.inner):,} inner and {len(splits.test):,} test rows"
 
 
-def _quarantine(config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, str]) -> None:
-    """List broken rows in quarantine.csv, or say which one to mend."""
-    first = min(broken)
-    what = f"{rows.source}: row {first + 1}: image {rows.images[first]} cannot be read: {broken[first]}"
-    if config.data.on_error == "raise":
+def too_many(rows: Rows, left_out: int) -> bool:
+    """Whether so many rows and samples are more than a quarantine takes: one, or one in a thousand."""
+    return left_out > max(1, QUARANTINE_SHARE * (len(rows) + len(rows.damaged)))
+
+
+def _quarantine(
+    config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, tuple[Picture, str]]
+) -> None:
+    """List broken rows and damaged samples in quarantine.csv, or say which one to mend."""
+    what = str(rows.damaged[0]) if rows.damaged else ""
+    if broken:
+        first = min(broken)
+        picture, reason = broken[first]
+        what = f"{rows.source}: row {first + 1}: image {picture} cannot be read: {reason}"
+    if broken and config.data.on_error == "raise":
         more = f" ({len(broken)} such rows)" if len(broken) > 1 else ""
         raise UserError(f"{what}{more}; mend it, empty the cell, or set data.on_error=quarantine")
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["row", "id", "image", "reason"])
-    writer.writerows([i + 1, rows.ids[i], str(rows.images[i]), broken[i]] for i in sorted(broken))
+    writer.writerows([i + 1, rows.ids[i], *map(str, broken[i])] for i in sorted(broken))
+    writer.writerows(["", one.key, one.place, one.reason] for one in rows.damaged)
     atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
-    if len(broken) > max(1, QUARANTINE_SHARE * len(rows)):
-        listed = folder / "quarantine.csv"
-        raise UserError(f"{what}; {len(broken)} of {len(rows)} rows are too many, {listed} lists them")
+    if too_many(rows, left_out := len(broken) + len(rows.damaged)):
+        of, listed = len(rows) + len(rows.damaged), folder / "quarantine.csv"
+        raise UserError(f"{what}; {left_out} of {of} rows are too many, {listed} lists them")

@@ -30,6 +30,7 @@ __all__ = [
     "cells_of",
     "open_table",
     "read_columns",
+    "types_of",
 ]
 
 Columns = dict[str, Sequence[Any]]
@@ -66,34 +67,49 @@ class Table:
                 while chunk := list(islice(lines, size)):
                     yield {name: [row.get(name) for row in chunk] for name in self.names}
 
-    def types(self) -> pa.Schema:
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """Where relative image paths start."""
+        return self.path.parent
+
+    def types(self, *, exact: bool = True) -> pa.Schema:
         """Arrow types of all columns: a Parquet file's own, strings of separated values, and of JSONL those
-        that hold every cell. UserError where there are none."""
+        that hold every cell. UserError where there are none. Unless ``exact``, JSONL has strings too."""
         with _told(self.path):
             if self.path.suffix.lower() == ".parquet":
                 return pq.read_schema(self.path)
-        if self.path.suffix.lower() != ".jsonl":
-            return pa.schema([(name, pa.string()) for name in self.names])
-        types: dict[str, pa.DataType] = dict.fromkeys(self.names, pa.null())
-        for columns in self.chunks():
-            for name, cells in columns.items():
-                with _storable(self.path, name):
-                    both = [pa.schema([("", kind)]) for kind in (types[name], pa.array(cells).type)]
-                    types[name] = pa.unify_schemas(both, promote_options="permissive").field(0).type
-        for name, kind in types.items():
-            with _storable(self.path, name):
-                pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([(name, kind)])).close()
-        return pa.schema(list(types.items()))
+        if self.path.suffix.lower() == ".jsonl" and exact:
+            return pa.schema(list(types_of(self.chunks(), self.names, self.name).items()))
+        return pa.schema([(name, pa.string()) for name in self.names])
+
+
+def types_of(chunks: Iterable[Columns], names: Sequence[str], source: str) -> dict[str, pa.DataType]:
+    """Arrow types that hold every cell of some columns. UserError where Parquet has none."""
+    types: dict[str, pa.DataType] = dict.fromkeys(names, pa.null())
+    for columns in chunks:
+        for name in names:
+            with _storable(source, name):
+                both = [pa.schema([("", kind)]) for kind in (types[name], pa.array(columns[name]).type)]
+                types[name] = pa.unify_schemas(both, promote_options="permissive").field(0).type
+    for name, kind in types.items():
+        with _storable(source, name):
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([(name, kind)])).close()
+    return types
 
 
 @contextmanager
-def _storable(path: Path, name: str) -> Generator[None]:
+def _storable(source: str, name: str) -> Generator[None]:
     """Errors of finding a column's type as UserError."""
     try:
         yield
     except UNREADABLE as error:
         raise UserError(
-            f"{path}: column '{name}' holds cells of different kinds, or one that Parquet cannot hold "
+            f"{source}: column '{name}' holds cells of different kinds, or one that Parquet cannot hold "
             f"({_first_line(error)}); mend it or write answers as .jsonl"
         ) from error
 

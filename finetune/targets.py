@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
+from .cells import is_missing
 from .config import TaskConfig
-from .manifest import Rows, Splits, is_missing
+from .manifest import Rows, Splits
 from .tasks import Task
 
 __all__ = ["Targets", "encode_targets", "make_task"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from ..pretrain.optim import clip_gradients, set_lr
 from ..pretrain.schedule import ScheduleConfig, lr_at
@@ -147,14 +148,20 @@ class Training:
         return torch.stack(losses).sum()
 
     def _drop(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Modality dropout: of rows that have several modalities, one is taken away at random."""
+        """Modality dropout: of rows that have several modalities, one is taken away at random; of more than
+        two, each other one with probability 1/2, as any may be missing together."""
         mask = torch.stack(list(present.values()), dim=1)
-        if mask.shape[1] < 2 or self.adapt.modality_dropout == 0:
+        rows, count = mask.shape
+        if count < 2 or self.adapt.modality_dropout == 0:
             return present
-        chosen = torch.rand(len(mask)) < self.adapt.modality_dropout
-        which = torch.randint(mask.shape[1], (len(mask),))
-        hit = torch.nn.functional.one_hot(which, mask.shape[1]).bool() & chosen[:, None]
-        mask = mask & ~(hit.to(mask.device) & mask.all(1)[:, None])
+        chosen = torch.rand(rows) < self.adapt.modality_dropout
+        which = torch.randint(count, (rows,))
+        hit = one_hot(which, count).bool()
+        if count > 2:
+            kept = (which + torch.randint(1, count, (rows,))) % count
+            hit |= (torch.rand(rows, count) < 0.5) & ~one_hot(kept, count).bool()
+        left = mask & ~(hit & chosen[:, None]).to(mask.device)
+        mask = torch.where(left.any(1, keepdim=True), left, mask)  # never all
         return dict(zip(present, mask.unbind(1), strict=True))
 
     def _assert_gradients(self, present: dict[str, Tensor]) -> None:

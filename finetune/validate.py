@@ -6,23 +6,22 @@ compared by the sha256 of their bytes and texts by their words: two encodings of
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..configs.errors import UserError
-from ..configs.files import resolve_data_path
 from ..data.canonical import canonical_caption
 from ..pretrain.model import load_model
-from .cells import BrokenPicture, PictureFolder, PictureReader
+from .cells import BrokenPicture, Picture, PictureReader
 from .checks import Planned, faults
 from .config import FinetuneConfig
 from .features import Progress, silent
 from .folds import strata_of
-from .manifest import Rows, Splits, parse_rows, read_columns
-from .session import QUARANTINE_SHARE, data_config, plan
+from .manifest import Rows, Splits, parse_rows, read_manifest
+from .session import data_config, plan, too_many
 from .targets import encode_targets
 from .tasks import Ints
 
@@ -31,6 +30,8 @@ __all__ = ["Finding", "same_words", "validate"]
 Json = dict[str, Any]
 EXAMPLES = 5
 TEXT_BATCH = 1024
+Contents = Sequence[tuple[Hashable, ...]]
+"""Of every row what it shows, by which it is compared with others."""
 MISSING_GAP = 0.1  # shares of a missing modality that differ by more than this are worth a note
 
 
@@ -71,12 +72,14 @@ def validate(config: FinetuneConfig, *, progress: Progress = silent) -> Json:
     parts = _named(config, planned)
     shown = _shown(config, parts, len(rows))
     _small_classes(config, rows, parts, targets, classes, findings)
-    contents = {"group": list[Hashable](rows.groups)}
+    contents: dict[str, Contents] = {"group": [(group,) for group in rows.groups]}
+    broken: list[int] = []
     if "image" in rows.modalities:
-        contents["image"] = _pictures(config, rows, findings, progress)
-    _faults(config, rows, planned, contents.get("image", []), findings)
+        contents["image"], broken = _pictures(config, rows, findings, progress)
+    _faults(config, rows, planned, broken, findings)
     if "text" in rows.modalities:
-        contents["text"] = [None if text is None else same_words(text) for text in rows.texts]
+        texts = rows.cells["text"]
+        contents["text"] = [() if text is None else (same_words(text),) for text in texts]
     leakage = _leakage(config, rows, _tests(config, parts), contents, targets, findings)
     report: Json = {
         "table": rows.source,
@@ -101,16 +104,22 @@ def same_words(text: str) -> str:
 
 def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
     """The rows, also of a table with repeated ids or groups in several splits, which a run refuses."""
-    path = resolve_data_path(config.data.manifest)
-    columns = read_columns(path)
+    table, folder = read_manifest(config.data)
+    columns = table.columns
     data = data_config(config).model_copy(update={"group_across_splits": "allow"})
     ids = [str(cell) for cell in columns.get(data.id, [])] if data.id else []
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         data = data.model_copy(update={"id": None})
         text = f"{len(repeated)} ids of column '{config.data.id}' stand on several rows; make them unique"
         findings.append(Finding("duplicate_id", True, text, tuple(repeated[:EXAMPLES])))
-    folder = PictureFolder(path.parent, resolve_data_path(data.root) if data.root else None)
-    rows = parse_rows(columns, data, folder, source=str(path), target=config.task.target)
+    rows = parse_rows(columns, data, folder, source=table.name, target=config.task.target)
+    rows = replace(rows, damaged=tuple(table.damaged))
+    if rows.damaged:
+        fails = too_many(rows, len(rows.damaged)) or data.on_error == "raise"
+        text = (
+            f"{len(rows.damaged)} samples cannot be read, the first: {rows.damaged[0]}; mend or remove them"
+        )
+        findings.append(Finding("damaged_sample", fails, text, tuple(d.key for d in rows.damaged[:EXAMPLES])))
     return replace(rows, ids=ids) if repeated else rows
 
 
@@ -128,7 +137,7 @@ def _plan(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> list[P
 
 def _named(config: FinetuneConfig, planned: Sequence[Planned]) -> Plan:
     """The parts that are tested, with their names."""
-    if config.eval.cv is None:
+    if config.eval.folds is None:
         return [("", splits) for _, splits in planned]
     return [(f"repeat {f.repeat}, fold {f.fold}", splits) for f, splits in planned if f is not None]
 
@@ -137,12 +146,11 @@ def _faults(
     config: FinetuneConfig,
     rows: Rows,
     planned: Sequence[Planned],
-    pictures: Sequence[Hashable],
+    broken: Sequence[int],
     findings: list[Finding],
 ) -> None:
     """What the run would refuse; a small class, which is told already, is not told twice."""
     small = any(finding.kind == "small_class" and finding.fails for finding in findings)
-    broken = [i for i, found in enumerate(pictures) if found is None and rows.images[i] is not None]
     for kind, text in faults(config, rows, planned, broken).items():
         if not (small and kind == "targets"):
             findings.append(Finding(kind, True, text))
@@ -152,14 +160,14 @@ def _shown(config: FinetuneConfig, parts: Plan, n: int) -> list[tuple[str, Ints]
     """The parts whose rows are counted: train, inner and test, or the folds."""
     if not parts:
         return [("all rows", np.arange(n))]
-    if config.eval.cv is not None:
+    if config.eval.folds is not None:
         return [(name, splits.test) for name, splits in parts]
     return [(name, getattr(parts[0][1], name)) for name in ("train", "inner", "test")]
 
 
 def _tests(config: FinetuneConfig, parts: Plan) -> list[Part]:
     tests = [Part(name or "test", s.test, np.concatenate([s.train, s.inner])) for name, s in parts]
-    if config.eval.cv is None and parts:
+    if config.eval.folds is None and parts:
         tests.append(Part("inner", parts[0][1].inner, parts[0][1].train))
     return tests
 
@@ -181,10 +189,7 @@ def _histogram(targets: Any, classes: Sequence[str]) -> Callable[[Ints], Json]:
 
 
 def _part(rows: Rows, name: str, chosen: Ints, histogram: Callable[[Ints], Json]) -> Json:
-    cells = {"image": rows.images, "text": rows.texts}
-    missing = {
-        k: float(np.mean([cells[k][i] is None for i in chosen])) for k in cells if k in rows.modalities
-    }
+    missing = {k: float(np.mean([cells[i] is None for i in chosen])) for k, cells in rows.cells.items()}
     return {
         "name": name,
         "rows": len(chosen),
@@ -205,10 +210,11 @@ def _small_classes(
     """Classes without enough training rows in some fold, and those that some fold cannot test."""
     if strata_of(targets) is None:
         return
-    needed, cv = config.data.min_class_rows, config.eval.cv
+    needed, cv = config.data.min_class_rows, config.eval.folds
+    dealt = {int(i) for _, s in parts for i in (*s.train, *s.inner, *s.test)}
     for number, name in enumerate(classes):
         counts = [int((targets[splits.train] == number).sum()) for _, splits in parts]
-        groups = {rows.groups[i] for i in np.flatnonzero(targets == number)}
+        groups = {rows.groups[i] for i in np.flatnonzero(targets == number) if not parts or i in dealt}
         if counts and min(counts) < needed:
             where = parts[int(np.argmin(counts))][0]
             text = (
@@ -223,10 +229,11 @@ def _small_classes(
 
 def _pictures(
     config: FinetuneConfig, rows: Rows, findings: list[Finding], progress: Progress
-) -> list[Hashable]:
-    """sha256 of every row's picture, None where it is missing or cannot be read."""
-    reader, found = PictureReader(), dict[Any, str | None]()
-    distinct = list(dict.fromkeys(picture for picture in rows.images if picture is not None))
+) -> tuple[Contents, list[int]]:
+    """sha256 of every row's pictures that can be read, and the rows that have others."""
+    reader, found = PictureReader(), dict[Picture, str | None]()
+    cells: list[tuple[Picture, ...]] = [cell or () for cell in rows.cells["image"]]
+    distinct = list(dict.fromkeys(picture for cell in cells for picture in cell))
     with progress("reading pictures", len(distinct)) as advance:
         for picture in distinct:
             try:
@@ -234,13 +241,14 @@ def _pictures(
             except BrokenPicture:
                 found[picture] = None
             advance(1)
-    broken = [i for i, picture in enumerate(rows.images) if picture is not None and found[picture] is None]
+    broken = [i for i, cell in enumerate(cells) if any(found[picture] is None for picture in cell)]
     if broken:
-        many = len(broken) > max(1, QUARANTINE_SHARE * len(rows))
+        many = too_many(rows, len(rows.damaged) + len(broken))
         text = f"{len(broken)} rows name a picture that cannot be read; mend them or empty the cells"
         fails = many or config.data.on_error == "raise"
         findings.append(Finding("broken_picture", fails, text, _ids(rows, broken)))
-    return [None if picture is None else found[picture] for picture in rows.images]
+    read = [tuple(dict.fromkeys(sha for picture in cell if (sha := found[picture]))) for cell in cells]
+    return list(read), broken
 
 
 def _ids(rows: Rows, numbers: Sequence[int]) -> tuple[str, ...]:
@@ -251,7 +259,7 @@ def _leakage(
     config: FinetuneConfig,
     rows: Rows,
     tests: Sequence[Part],
-    contents: dict[str, list[Hashable]],
+    contents: Mapping[str, Contents],
     targets: Any,
     findings: list[Finding],
 ) -> list[Json]:
@@ -278,15 +286,16 @@ def _leakage(
     return leakage
 
 
-def _shared(content: Sequence[Hashable], part: Part, targets: Any) -> tuple[list[int], list[int]]:
-    """Test rows whose content is known, and those of them that memory alone answers: all known rows with that
-    content have their label."""
+def _shared(content: Contents, part: Part, targets: Any) -> tuple[list[int], list[int]]:
+    """Test rows of whose content something is known, and those of them that memory alone answers: all known
+    rows with it have their label."""
     labels: dict[Hashable, set[Any]] = defaultdict(set)
     answers = [tuple(np.ravel(target).tolist()) for target in targets]
     for i in part.known:
-        labels[content[i]].add(answers[i])
-    found = [int(i) for i in part.test if content[i] is not None and content[i] in labels]
-    told = [i for i in found if labels[content[i]] == {answers[i]}]
+        for one in content[i]:
+            labels[one].add(answers[i])
+    found = [int(i) for i in part.test if any(one in labels for one in content[i])]
+    told = [i for i in found if any(labels.get(one) == {answers[i]} for one in content[i])]
     return found, told
 
 
@@ -295,7 +304,7 @@ def _leak(
 ) -> Finding:
     """What shared content means. A shared text fails only where training rows give it one label, the right
     one: a text that stands beside several labels answers nothing by itself."""
-    allowed = config.eval.cv is None and config.data.group_across_splits == "allow"
+    allowed = config.eval.folds is None and config.data.group_across_splits == "allow"
     what = f"{len(found)} test rows share their {kind} with rows that train"
     if kind == "group":
         text = f"{what}; keep groups whole" + (" (allowed by data.group_across_splits)" if allowed else "")
@@ -322,7 +331,7 @@ def _missing(parts: Sequence[Json], findings: list[Finding]) -> None:
 def _truncated(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> Json:
     """Texts that are longer than the encoder's context."""
     tokenizer = load_model(config.model.checkpoint).tokenizer
-    texts = [text for text in rows.texts if text is not None]
+    texts = [text for text in rows.cells["text"] if text is not None]
     cut = 0
     for start in range(0, len(texts), TEXT_BATCH):
         tokenizer.pack(texts[start : start + TEXT_BATCH])

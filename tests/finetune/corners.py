@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from diptych.finetune.adapt import Fitted, LiveRows, Part, fit
-from diptych.finetune.cells import Picture, PictureReader
+from diptych.finetune.cells import Picture
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
 from diptych.finetune.live import encode_rows
 from diptych.finetune.tasks import Task
 from diptych.pretrain.model import LoadedModel
+
+from .labelled import live_rows
 
 COLOURS = np.array([[230, 40, 40], [40, 40, 230]])
 NAMES = ("red", "blue", "green", "gold")
@@ -41,7 +43,7 @@ def corners(model: LoadedModel, n: int, seed: int) -> Part:
     targets = np.arange(n) % 2
     images = [Picture(data=corner(int(target), random)) for target in targets]
     texts = [f"{NAMES[random.integers(len(NAMES))]} square" for _ in targets]
-    rows = LiveRows(model, images, texts, ("image", "text"), 10**6, PictureReader())
+    rows = live_rows(model, image=images, text=texts)
     return Part(rows, torch.from_numpy(targets))
 
 

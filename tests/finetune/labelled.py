@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from diptych.finetune.adapt import Part
+from diptych.finetune.cells import Picture, PictureReader
+from diptych.finetune.config import ModalityConfig
 from diptych.finetune.features import FeatureRows
+from diptych.finetune.live import LiveRows
+from diptych.finetune.manifest import Rows
+from diptych.pretrain.model import LoadedModel
 
 
 def _squares() -> ModuleType:
@@ -94,6 +99,14 @@ def xor_rows(n: int, seed: int, *, width: int = 16, noise: float = 0.2) -> Part:
     tables["text_mask"] = torch.ones(n, 2, dtype=torch.bool)
     rows = FeatureRows(tables, {"image": torch.arange(n), "text": torch.arange(n)})
     return Part(rows, (signs[0] == signs[1]).long())
+
+
+def live_rows(model: LoadedModel, **cells: Sequence[Picture | str | None]) -> LiveRows:
+    """Live rows of one picture and one text each; ``image`` and ``text`` are the modalities."""
+    held = {k: [(c,) if isinstance(c, Picture) else c for c in column] for k, column in cells.items()}
+    n = len(next(iter(held.values())))
+    rows = Rows("x", [str(i) for i in range(n)], {k: ModalityConfig(column=k) for k in held}, dict(held))
+    return LiveRows(model, rows, 10**6, PictureReader())
 
 
 def everywhere(n: int) -> dict[str, Tensor]:

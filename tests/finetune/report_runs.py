@@ -77,7 +77,7 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 def make_finetune(folder: Path, *, name: str = "gated") -> Path:
     def head(op: str, accuracy: float, gain: float | None) -> dict[str, Any]:
         made: dict[str, Any] = {
-            "stage": "mid",
+            "stage": "single" if op in ("image", "text") else "mid",
             "level": "embedding",
             "op": op,
             "params": 530_000,

@@ -30,9 +30,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
-def permute_test_labels(folder: Path) -> None:
+def permute_test_labels(folder: Path, **options: Any) -> None:
     """Write the table of squares again with the labels of its test rows permuted."""
-    rows = match_rows(folder)
+    rows = match_rows(folder, **options)
     test = [i for i, row in enumerate(rows) if row[5] == "test"]
     shuffled = np.random.default_rng(0).permutation([rows[i][3] for i in test])
     for i, target in zip(test, shuffled, strict=True):

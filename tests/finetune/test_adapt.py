@@ -10,14 +10,14 @@ from torch import nn
 
 from diptych.finetune import adapt as module
 from diptych.finetune.adapt import LiveRows, Part, fit, logits_of
-from diptych.finetune.cells import Picture, PictureReader
+from diptych.finetune.cells import Picture
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
 from diptych.finetune.features import FeatureRows
 from diptych.finetune.tasks import Task
 from diptych.finetune.training import Training
 from diptych.pretrain.model import LoadedModel, load_model
 
-from .labelled import squares, xor_rows
+from .labelled import live_rows, squares, xor_rows
 
 TASK = Task("binary", ("0", "1"))
 WIDTHS = {"image": 16, "text": 16}
@@ -120,9 +120,7 @@ def live(model: LoadedModel, n: int) -> LiveRows:
     names = [squares.NAMES[i % 6] for i in range(n)]
     images = [Picture(data=squares.square(name, i)) for i, name in enumerate(names)]
     texts = [f"{squares.NAMES[(i // 2) % 6]} square" for i in range(n)]
-    return LiveRows(
-        model, [None, *images[1:]], [*texts[:-1], None], ("image", "text"), 10**6, PictureReader()
-    )
+    return live_rows(model, image=[None, *images[1:]], text=[*texts[:-1], None])
 
 
 @pytest.mark.parametrize("op", ["bilinear", "image", "text"])

@@ -27,6 +27,7 @@ from diptych.finetune.tasks import Task, metric_value
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model, load_model, open_clip_config
 
 from .corners import PROMPTS, TASK, checkpoint, corners, frozen, train
+from .labelled import live_rows
 
 METHODS: dict[str, dict[str, Any]] = {
     "lp_ft": {"method": "lp_ft"},
@@ -239,12 +240,12 @@ def load_model_again(model: LoadedModel, state: dict[str, Tensor]) -> LoadedMode
 def test_retention_is_the_mean_recall_of_a_brute_force_count(model: LoadedModel) -> None:
     part = corners(model, 40, 4)
     rows: Any = part.rows
-    rows.images[3] = None
-    rows.texts[5] = None
+    images, texts = rows.rows.cells["image"], rows.rows.cells["text"]
+    images[3] = texts[5] = None
     got = retention(rows, part.targets, TASK, AdaptConfig())
-    pairs = [i for i in range(40) if part.targets[i] == 1 and rows.images[i] and rows.texts[i]]
+    pairs = [i for i in range(40) if part.targets[i] == 1 and images[i] and texts[i]]
     features = rows.batch(torch.tensor(pairs))[0]
-    said = [rows.texts[i] for i in pairs]
+    said = [texts[i] for i in pairs]
     captions = sorted(set(said))
     c = model.encode_captions(captions)
     hits: list[float] = []
@@ -271,7 +272,7 @@ def test_retention_is_the_mean_recall_of_a_brute_force_count(model: LoadedModel)
 def test_retention_without_pairs_is_zero_shot_accuracy_or_nothing(model: LoadedModel) -> None:
     part = corners(model, 10, 4)
     rows: Any = part.rows
-    alone = type(rows)(model, rows.images, [None] * 10, ("image",), 10**6, rows.reader)
+    alone = live_rows(model, image=[cell[0] for cell in rows.rows.cells["image"]])
     assert retention(alone, part.targets, TASK, AdaptConfig()) is None
     task = Task("multiclass", ("red_square", "blue-square"))
     got = retention(alone, part.targets, task, AdaptConfig())

@@ -85,9 +85,9 @@ def test_broken_pictures_are_named_by_row(tmp_path: Path, model: LoadedModel) ->
     for _ in range(2):  # also from the cache
         _, broken = extract(model, rows, fingerprint="f")
         assert sorted(broken) == [1, 2, 3]
-        assert "damaged" in broken[1]
+        assert "damaged" in broken[1][1]
         assert broken[1] == broken[3]
-        assert "no such file" in broken[2]
+        assert "no such file" in broken[2][1]
 
 
 def test_a_second_time_nothing_is_encoded_unless_the_content_changed(

@@ -21,7 +21,7 @@ from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
 from diptych.finetune import session
-from diptych.finetune.config import CvConfig, FinetuneConfig
+from diptych.finetune.config import CvConfig, FinetuneConfig, ModalityConfig
 from diptych.finetune.features import silent
 from diptych.finetune.folds import deal, inner_split, make_folds, strata_of
 from diptych.finetune.manifest import Rows
@@ -36,7 +36,8 @@ from .labelled import match_rows
 def table(groups: list[str]) -> Rows:
     n = len(groups)
     ids = [str(i) for i in range(n)]
-    return Rows("t.csv", ids, ("text",), [None] * n, ["a"] * n, ["0"] * n, groups, [])
+    declared = {"text": ModalityConfig(column="text")}
+    return Rows("t.csv", ids, declared, {"text": ["a"] * n}, ["0"] * n, groups)
 
 
 @pytest.mark.parametrize("stratify", [True, False])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.configs.errors import UserError
-from diptych.finetune.config import OPTIONS, STAGES, HeadConfig
+from diptych.finetune.config import OPTIONS, HeadConfig
 from diptych.finetune.fusion import Head, Standard, build_head, check_heads
 
 from .heads import ALL, CASES, IDS, TASKS, THREE, TOKENS, TWO, D, all_there, inputs, make, new
@@ -60,7 +60,7 @@ def test_a_row_without_anything_has_an_answer(name: str, outputs: int, widths: d
     torch.testing.assert_close(got, got[:1].expand(6, -1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if STAGES[ALL[n]["op"]][1] in ("token", "input")])
+@pytest.mark.parametrize("name", [n for n in ALL if HeadConfig(**ALL[n]).reads_tokens])
 def test_padding_of_texts_changes_nothing(name: str) -> None:
     head, clean = make(name), inputs()
     dirty = {k: v.clone() for k, v in clean.items()}

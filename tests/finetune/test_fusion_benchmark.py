@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.finetune.config import SINGLE
+from diptych.finetune.config import ENCODED
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "fusion_cv.py"
 
@@ -19,7 +19,7 @@ def test_a_quick_run_appends_its_row(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert row["benchmark"] == "fusion_cv"
-    assert row["heads"] == len(SINGLE) + 9  # concat and the eight that the benchmark names
+    assert row["heads"] == len(ENCODED) + 9  # concat and the eight that the benchmark names
     assert row["fold_kept_s"].keys() == row["fold_live_s"].keys() == {"concat", "bilinear"}
     assert row["cold_s"] > 0
     assert row["warm_s"] > 0

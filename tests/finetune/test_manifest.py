@@ -56,8 +56,8 @@ def write(folder: Path, suffix: str, rows: list[list[Any]] = ROWS) -> Path:
 def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     rows = read_rows(config(write(tmp_path, suffix)), BINARY)
     assert rows.ids == ["a", "b", "c", "d"]
-    assert rows.texts == ["a red\none, or not", None, "grün", "x"]
-    there = [picture.path.name if picture and picture.path else None for picture in rows.images]
+    assert rows.cells["text"] == ["a red\none, or not", None, "grün", "x"]
+    there = [cell[0].path.name if cell and cell[0].path else None for cell in rows.cells["image"]]
     assert there == ["a.png", "b.png", None, "d.png"]
     splits = split_rows(rows, config(tmp_path), inner_share=0.5)
     assert splits.test.tolist() == [2, 3]
@@ -249,8 +249,7 @@ def test_a_table_to_predict_needs_no_labels_and_not_every_column(tmp_path: Path)
     rows = parse_rows(
         {"text": ["a", "b"]}, config(tmp_path), PictureFolder(tmp_path), source="x", target=None
     )
-    assert rows.images == [None, None]
-    assert rows.texts == ["a", "b"]
+    assert rows.cells == {"image": [None, None], "text": ["a", "b"]}
     with pytest.raises(UserError, match="has no column 'image'"):
         parse_rows({"other": ["a"]}, config(tmp_path), PictureFolder(tmp_path), source="x", target=None)
 

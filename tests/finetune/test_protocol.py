@@ -222,7 +222,7 @@ def test_broken_pictures_stop_the_run_or_are_listed(folder: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["heads.late.op=lat"], "did you mean late?"),
+        (["heads.late.op=lat"], "data.modalities has no lat; did you mean 'late'?"),
         (["heads.late.rank=3"], "rank is no option of late (its options: rule); remove it"),
         (["heads.cross.width=9"], "width 9 is no multiple of heads 2"),
         (["heads.concat.adapt={lrr: 1}"], "heads.concat.adapt: unknown key lrr; known here: method, lr,"),
