@@ -7,6 +7,7 @@ from typing import Any
 EPILOG = """example:
   diptych export runs/demo-pretrain --to open_clip -o exports/demo
   diptych export runs/demo-match --to torch_export -o exports/match --head gated
+  diptych export runs/demo-match --to onnx -o exports/match-onnx
 """
 
 
@@ -14,9 +15,9 @@ def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     parser = subparsers.add_parser(
         "export",
-        help="a run or checkpoint for open_clip, transformers or torch.export",
+        help="a run or checkpoint for open_clip, transformers, torch.export or onnxruntime",
         description="Write a model to a folder that another library loads: open_clip (encoders, as "
-        "local-dir:), hf (encoders, as transformers' CLIPModel) or torch_export (encoders, head and "
+        "local-dir:), hf (encoders, as transformers' CLIPModel), torch_export or onnx (encoders, head and "
         "calibration of a fine-tuning run as one program). What is written is compared with the model; if it "
         "differs by more than 1e-4, nothing is left.",
         epilog=EPILOG,
@@ -27,7 +28,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="RUN_OR_CHECKPOINT",
         help="a fine-tuning or pretraining run, a checkpoint folder, or an open_clip model as ARCH:TAG",
     )
-    parser.add_argument("--to", required=True, choices=("open_clip", "hf", "torch_export"), help="the format")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("open_clip", "hf", "torch_export", "onnx"),
+        help="the format",
+    )
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--head", default=None, help="which head of a fine-tuning run (default: the recommended one)"

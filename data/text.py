@@ -105,6 +105,14 @@ class Tokenizer:
         seq_lens = torch.tensor([len(part) for part in parts], dtype=torch.int32)
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *parts])), seq_lens
 
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """The words that a caption's ids spell, each with the places of its ids; those that spell nothing
+        (beginning, end, padding) belong to none."""
+        spelled = getattr(self._encode, "words", None)
+        if spelled is None:
+            return [(str(number), [i]) for i, number in enumerate(ids)]
+        return spelled(ids)
+
     def _rows(
         self, kept: dict[str, tuple[NDArray[np.int32], bool]], captions: Sequence[str], encode: Encode
     ) -> list[tuple[NDArray[np.int32], bool]]:
@@ -203,6 +211,25 @@ class _ClipEncode:
             rows.append(([*ids[: length - 1], end], len(ids) >= length))
         return rows
 
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """See ``Tokenizer.words``."""
+        clip, found = self._tokenizer, list[tuple[str, list[int]]]()
+        text, places = "", list[int]()
+        for i, number in enumerate(ids):
+            if number in (clip.sot_token_id, clip.eot_token_id) or number not in clip.decoder:
+                continue
+            text += clip.decoder[number]
+            places.append(i)
+            if text.endswith("</w>"):
+                found.append((self._spelled(text), places))
+                text, places = "", []
+        return [*found, (self._spelled(text), places)] if places else found
+
+    def _spelled(self, symbols: str) -> str:
+        known = self._tokenizer.byte_decoder
+        letters = symbols.removesuffix("</w>")
+        return bytes(known[letter] for letter in letters).decode("utf-8", errors="replace")
+
     def _clean(self, caption: str) -> str:
         # ftfy and html.unescape leave printable ASCII without an ampersand alone, and cost ten times the rest
         if self._quick and caption.isascii() and caption.isprintable() and "&" not in caption:
@@ -263,6 +290,28 @@ class _HuggingFaceEncode:
             return [type(own).__name__, special, sorted(own.get_vocab().items())]
         whole = json.loads(own.backend_tokenizer.to_str())
         return [special, {k: v for k, v in whole.items() if k not in ("truncation", "padding")}]
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """See ``Tokenizer.words``; pieces that go on with a word are marked (``##x``), or those that begin
+        one (``\u2581x``, ``\u0120x``)."""
+        own: Any = self._tokenizer.tokenizer
+        special = set(own.all_special_ids)
+        pieces: list[str] = own.convert_ids_to_tokens([int(i) for i in ids])
+        begins_marked = any(piece.startswith(("\u2581", "\u0120")) for piece in pieces)
+        places: list[list[int]] = []
+        apart = True
+        for i, (number, piece) in enumerate(zip(ids, pieces, strict=True)):
+            if int(number) in special:
+                apart = True
+                continue
+            marked = piece.startswith(("\u2581", "\u0120"))
+            goes_on = not marked if begins_marked else piece.startswith("##")
+            if goes_on and places and not apart:
+                places[-1].append(i)
+            else:
+                places.append([i])
+            apart = False
+        return [(own.decode([int(ids[i]) for i in word]).strip(), word) for word in places]
 
     def _lengths(self, cleaned: list[str], **options: Any) -> list[int]:
         """How many ids the captions have as they are; quietly, though they may be too many."""

@@ -1,4 +1,5 @@
-"""Runs and checkpoints in the formats of others: open_clip, transformers' ``CLIPModel``, ``torch.export``.
+"""Runs and checkpoints in the formats of others: open_clip, transformers' ``CLIPModel``, ``torch.export``,
+ONNX.
 
 An export is a folder, whole or absent. ``export.json`` in it says what it was made of and by how much its
 answers differ from those of the model that it was made of.
@@ -19,7 +20,9 @@ from .saved import open_encoder, write_encoder, write_folder
 
 __all__ = ["KINDS", "NOTE", "export"]
 
-KINDS = ("open_clip", "hf", "torch_export")
+KINDS = ("open_clip", "hf", "torch_export", "onnx")
+PROGRAMS = ("torch_export", "onnx")
+"""Formats that hold the head too."""
 NOTE = "export.json"
 TOLERANCE = 1e-4
 """The most that an export may differ from its source; all is computed in fp32."""
@@ -44,10 +47,10 @@ def export(
     ``out``.
 
     ``open_clip``: both encoders as ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads them.
-    ``hf``: a folder of transformers' ``CLIPModel``. ``torch_export``: encoders, head and calibration of a
-    fine-tuning run as one program. Of a pretraining run the newest whole checkpoint is taken, with the
-    averaged weights if there are such; of a fine-tuning run ``head`` (default: the recommended one), and
-    where encoders were trained with it, those of its first seed.
+    ``hf``: a folder of transformers' ``CLIPModel``. ``torch_export`` and ``onnx``: encoders, head and
+    calibration of a fine-tuning run as one program. Of a pretraining run the newest whole checkpoint is
+    taken, with the averaged weights if there are such; of a fine-tuning run ``head`` (default: the
+    recommended one), and where encoders were trained with it, those of its first seed.
 
     Returns the largest differences from the source by what was compared, empty for ``open_clip``. Raises
     UserError for an ``out`` that holds something (with ``force`` an earlier export gives way), for models
@@ -58,13 +61,18 @@ def export(
         raise UserError(f"there is no export to '{kind}'; give {', '.join(KINDS)}")
     _check_out(out, force)
     found: dict[str, float] = {}
-    if kind == "torch_export":
-        predictor = _predictor(source, head)
+    if kind in PROGRAMS:
+        predictor = _predictor(source, head, kind)
 
         def fill(folder: Path) -> None:
-            from .export_program import write_program
+            if kind == "onnx":
+                from .export_onnx import write_onnx
 
-            found.update(_within(write_program(predictor, folder, say), source))
+                found.update(_within(write_onnx(predictor, folder, say), source))
+            else:
+                from .export_program import write_program
+
+                found.update(_within(write_program(predictor, folder, say), source))
             _note(folder, kind, source, predictor.head, found)
     else:
         model = _open(source, kind, head, say)
@@ -105,9 +113,9 @@ def _write(out: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def _predictor(source: str | Path, head: str | None) -> Predictor:
+def _predictor(source: str | Path, head: str | None, kind: str) -> Predictor:
     if not (Path(source) / "run.json").is_file():
-        raise UserError(f"{source} has no head, which torch_export needs; give a folder of diptych finetune")
+        raise UserError(f"{source} has no head, which {kind} needs; give a folder of diptych finetune")
     return Predictor.load(source, head=head, device="cpu")
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 import string
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,17 @@ from .saved import SavedHead, open_encoder
 from .tables import Columns
 from .tokens import image_tokens, project_text
 
-__all__ = ["PROGRAM", "Fused", "inputs_of", "write_program"]
+__all__ = [
+    "BATCHES",
+    "PROGRAM",
+    "Fused",
+    "difference",
+    "document",
+    "inputs_of",
+    "refuse_inputs",
+    "trace",
+    "write_program",
+]
 
 PROGRAM = "model.pt2"
 BATCHES = (1, 5)
@@ -180,9 +190,8 @@ def trace(fused: Fused, predictor: Predictor) -> Any:
         raise UserError(f"{predictor.run}: torch.export cannot trace this model: {reason}") from error
 
 
-def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
-    """Write ``model.pt2`` and what its inputs and outputs are; returns by how much the loaded program differs
-    from the predictor, of regression in standard deviations of the training targets."""
+def refuse_inputs(predictor: Predictor) -> None:
+    """Raise UserError for a head whose inputs no program makes."""
     if any(one.head.reads_inputs for one in predictor.saved):
         raise UserError(
             f"{predictor.run}: head '{predictor.head}' reads patch and word embeddings, which a program "
@@ -190,18 +199,24 @@ def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, flo
         )
     if any(declared.pool for declared in predictor.modalities.values()):
         raise UserError(f"{predictor.run}: a program reads one picture per row, and this run pools several")
+
+
+def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
+    """Write ``model.pt2`` and what its inputs and outputs are; returns by how much the loaded program differs
+    from the predictor, of regression in standard deviations of the training targets."""
+    refuse_inputs(predictor)
     say(f"tracing head {predictor.head} with {len(predictor.saved)} seeds")
     fused = Fused(predictor)
     program = trace(fused, predictor)
     torch.export.save(program, folder / PROGRAM)
-    (folder / NOTE).write_text(json.dumps(_document(predictor, fused.models[0])), encoding="utf-8")
+    (folder / NOTE).write_text(json.dumps(document(predictor, fused.models[0])), encoding="utf-8")
     say("comparing with the predictor")
     loaded = torch.export.load(folder / PROGRAM).module()
-    found = max(_difference(predictor, fused.models[0], loaded, n) for n in BATCHES)
+    found = max(difference(predictor, fused.models[0], loaded, n) for n in BATCHES)
     return {"answers" if predictor.task.type == "regression" else "probabilities": found}
 
 
-def _document(predictor: Predictor, model: Encoders) -> dict[str, Any]:
+def document(predictor: Predictor, model: Encoders) -> dict[str, Any]:
     """What export.json says of inputs and outputs."""
     shapes: dict[str, dict[str, str]] = {
         k: {f"columns.{k}": f"float32 [b, {state.width}]", f"columns.{k}_present": "bool [b]"}
@@ -223,6 +238,7 @@ def _document(predictor: Predictor, model: Encoders) -> dict[str, Any]:
         "classes": predictor.classes,
         "inputs": {name: shape for k in predictor.modalities for name, shape in shapes[k].items()},
         "output": f"float32 [b, {max(1, len(predictor.classes))}]",
+        "calibration": [{"scale": one.scale, "shift": one.shift} for one in predictor.saved],
         "columns": {k: state.model_dump(mode="json") for k, state in predictor.states.items()},
     }
 
@@ -285,8 +301,8 @@ def _random_rows(predictor: Predictor, model: Encoders, n: int) -> tuple[dict[st
     return inputs_of(predictor, model, prepared, texts, columns), table
 
 
-def _difference(predictor: Predictor, model: Encoders, program: nn.Module, n: int) -> float:
-    """Largest absolute difference of n rows' answers."""
+def difference(predictor: Predictor, model: Encoders, program: Callable[..., Tensor], n: int) -> float:
+    """Largest absolute difference of n rows' answers, some of which lack a modality."""
     inputs, table = _random_rows(predictor, model, n)
     with torch.inference_mode():
         got = program(**inputs).double().numpy()

@@ -23,6 +23,7 @@ from .explain import Explanation, coalitions, explained_class, shapley, values_o
 from .features import FeatureRows, Progress, extract, silent
 from .manifest import Rows, parse_rows
 from .presence import Shown, has_weights, logits_under, weights_of
+from .relevance import Member, Relevance, relevance_of
 from .saved import SavedHead, device_of, open_encoder, read_head, read_json
 from .scored import score_table
 from .sources import Form, read_source
@@ -56,6 +57,8 @@ class Predictor:
         """How cells of modalities without encoder become vectors."""
         self.has_weights = has_weights(saved[0].head)
         """Whether the head weighs its modalities."""
+        self.max_pixels = int(info["max_pixels"])
+        """Pictures with more pixels are not decoded."""
         self.thresholds: list[float] = info.get("thresholds", {}).get(name, [0.5] * len(self.classes[-1:]))
         """From which probability on the positive class, or each label, is predicted; none for other tasks."""
         self._info, self._saved, self._device = info, saved, device
@@ -95,14 +98,18 @@ class Predictor:
         """The head of every seed."""
         return list(self._saved)
 
+    def read_fold(self, folder: Path) -> list[SavedHead]:
+        """A head of this run's widths and task that is kept in another folder, as those of folds are."""
+        return read_head(folder, self._info["widths"], self._info["token_widths"], self.task)
+
     @property
     def encoders(self) -> list[Path]:
         """The folder of the encoders of every seed: its own where they were trained, else the run's."""
         return [one.encoder or self.run / "encoder" for one in self._saved]
 
     def export(self, kind: str, path: str | Path, *, force: bool = False) -> dict[str, float]:
-        """Write the model to the folder ``path``: ``open_clip``, ``hf`` (its encoders) or ``torch_export``
-        (all of it); see ``export.export``. Returns the largest differences that were found."""
+        """Write the model to the folder ``path``: ``open_clip``, ``hf`` (its encoders), ``torch_export``
+        or ``onnx`` (all of it); see ``export.export``. Returns the largest differences that were found."""
         from .export import export
 
         return export(self.run, kind, path, head=self.head, force=force)
@@ -185,6 +192,20 @@ class Predictor:
         ends = values[sets[0]], values[sets[-1]]
         return answers[-1], Explanation(modalities, phi, *ends, named, weights)
 
+    def relevance(
+        self, table: Any, *, of: str | None = None, root: str | Path | None = None
+    ) -> list[Relevance]:
+        """Per row which patches of the picture and which words the answer rests on (attention times gradient,
+        see ``relevance``), of what ``explain`` explains. Towers without attention tell nothing, and why. See
+        ``predict_proba`` for what may be given; UserError also for an unknown class.
+        """
+        rows = self._rows(table, root)
+        classes = explained_class(self.task, self.of_rows(rows), of)
+        members = [
+            Member(one, self.model(place)) for one, place in zip(self._saved, self.encoders, strict=True)
+        ]
+        return relevance_of(members, self.task, rows, classes, max_pixels=self.max_pixels)
+
     def embed(
         self,
         table: Any,
@@ -259,15 +280,19 @@ class Predictor:
                 weighed.append(weights_of(head, source, batch_size=BATCH))
         return [np.mean(found, axis=0) for found in parts], np.mean(weighed, axis=0) if weighed else None
 
-    def _features(self, encoder: Path, rows: Rows, one: SavedHead | None, progress: Progress) -> FeatureRows:
+    def model(self, encoder: Path) -> Encoders:
+        """The encoders in one of the folders ``encoders``, opened once."""
         if encoder not in self._models:
             self._models[encoder] = open_encoder(encoder, self._device)
+        return self._models[encoder]
+
+    def _features(self, encoder: Path, rows: Rows, one: SavedHead | None, progress: Progress) -> FeatureRows:
         features, broken = extract(
-            self._models[encoder],
+            self.model(encoder),
             rows,
             tokens=one is not None and one.head.reads_tokens,
             inputs=one is not None and one.head.reads_inputs,
-            max_pixels=int(self._info["max_pixels"]),
+            max_pixels=self.max_pixels,
             progress=progress,
         )
         if broken:

@@ -155,8 +155,13 @@ def page(runs: Sequence[RunFiles]) -> str:
             sections.append(name)
         if run.kind == "finetune":
             tiles += gain_tile(run.results) + finetune_tiles(run.results)
-            sections.append(finetune_sections(run.folder, run.results) + missing_section(run.results))
+            sections.append(finetune_sections(run.folder, run.results, run.rows))
+            sections.append(missing_section(run.results))
             sections.append(fold_section(run.results) + search_section(run.results))
+            if run.results.get("heads"):
+                from .report_answers import answer_sections  # torch and the towers, for pictures and gates
+
+                sections.append(answer_sections(run.folder, run.results))
         else:
             tiles += pretrain_tiles(run.evaluation)
             sections.append(pretrain_sections(run.folder, run.rows, run.evaluation))

@@ -2,24 +2,32 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
-__all__ = ["Series", "interval_bar", "line_chart", "nice_ticks", "short_number"]
+__all__ = ["Series", "interval_bar", "line_chart", "nice_ticks", "scatter_chart", "short_number"]
 
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 34
 POINTS = 240  # more are averaged in bins: a curve of 460 pixels shows no more
+LINES = 6  # colours that the style sheet has
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name and its points; ``marked`` draws each point, with its numbers as a tooltip."""
+    """One line: its name and its points; ``marked`` draws each point, with its numbers as a tooltip;
+    ``dashed`` draws it as the reference lines are."""
 
     name: str
     xs: list[float] = field(default_factory=list[float])
     ys: list[float] = field(default_factory=list[float])
     marked: bool = False
+    dashed: bool = False
+
+    @property
+    def last(self) -> str:
+        """Where it ends, in words."""
+        return f"{self.name} ends at {short_number(self.ys[-1])}"
 
 
 def short_number(value: float) -> str:
@@ -56,7 +64,68 @@ def _finite(series: Series) -> Series:
         size = math.ceil(len(pairs) / POINTS)
         bins = [pairs[i : i + size] for i in range(0, len(pairs), size)]
         pairs = [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
-    return Series(series.name, [x for x, _ in pairs], [y for _, y in pairs], series.marked)
+    return replace(series, xs=[x for x, _ in pairs], ys=[y for _, y in pairs])
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where numbers stand in a figure, with its grid and ticks."""
+
+    x_ticks: list[float]
+    y_ticks: list[float]
+    x_limits: tuple[float, float]
+
+    @classmethod
+    def around(cls, xs: Sequence[float], ys: Sequence[float]) -> "_Frame":
+        """A frame that holds all of these numbers; y ends on ticks, x on its numbers."""
+        low, high = min(xs), max(xs)
+        x_ticks = [t for t in nice_ticks(low, high) if low <= t <= high]
+        return cls(x_ticks, nice_ticks(min(ys), max(ys)), (low, high))
+
+    def x(self, value: float) -> float:
+        low, high = self.x_limits
+        return LEFT + (value - low) / ((high - low) or 1.0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def level(self, kind: str, value: float) -> str:
+        """A line across the figure."""
+        y = self.y(value)
+        return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+    def parts(self, x_name: str) -> list[str]:
+        """Grid, ticks and the name of the x axis."""
+        made: list[str] = []
+        for tick in self.y_ticks:
+            made.append(self.level("grid", tick))
+            made.append(
+                f'<text class="tick" x="{LEFT - 7}" y="{self.y(tick) + 4:.1f}" text-anchor="end">'
+                f"{short_number(tick)}</text>"
+            )
+        for tick in self.x_ticks:
+            made.append(
+                f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" '
+                f'text-anchor="middle">{short_number(tick)}</text>'
+            )
+        made.append(
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">'
+            f"{escape(x_name)}</text>"
+        )
+        return made
+
+
+def _figure(title: str, keys: Sequence[str], parts: Sequence[str], said: str) -> str:
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}<span class="keys">{"".join(keys)}</span>'
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(f"{title}: {said}")}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _kind(line: Series, number: int) -> str:
+    return "reference" if line.dashed else f"line s{number}"
 
 
 def line_chart(
@@ -68,65 +137,61 @@ def line_chart(
     reference_name: str = "chance",
     from_zero: bool = False,
 ) -> str:
-    """A titled figure with up to four lines over one x axis; empty text if no series has two finite points.
+    """A titled figure with up to six lines over one x axis; empty text if no series has two finite points.
 
     ``reference`` draws a dashed level, such as chance. Values that are not finite are left out.
     """
-    lines = [s for s in map(_finite, series) if len(s.xs) > 1][:4]
+    lines = [s for s in map(_finite, series) if len(s.xs) > 1][:LINES]
     if not lines:
         return ""
     ys = [y for s in lines for y in s.ys] + ([reference] if reference is not None else [])
-    y_ticks = nice_ticks(0.0 if from_zero else min(ys), max(ys))
-    x_low, x_high = min(s.xs[0] for s in lines), max(max(s.xs) for s in lines)
-    x_ticks = [t for t in nice_ticks(x_low, x_high) if x_low <= t <= x_high]
-    x_span, y_span = (x_high - x_low) or 1.0, y_ticks[-1] - y_ticks[0]
-
-    def x_at(x: float) -> float:
-        return LEFT + (x - x_low) / x_span * (WIDTH - LEFT - RIGHT)
-
-    def y_at(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y_ticks[0]) / y_span * (HEIGHT - TOP - BOTTOM)
-
-    parts: list[str] = []
-    for tick in y_ticks:
-        y = y_at(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short_number(tick)}</text>'
-        )
-    for tick in x_ticks:
-        parts.append(
-            f'<text class="tick" x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-            f"{short_number(tick)}</text>"
-        )
-    parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_name)}</text>'
-    )
+    frame = _Frame.around([x for s in lines for x in s.xs], [*ys, *([0.0] if from_zero else [])])
+    parts = frame.parts(x_name)
     if reference is not None:
-        y = y_at(reference)
-        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(frame.level("reference", reference))
+    keys: list[str] = []
     for number, line in enumerate(lines, 1):
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
-        parts.append(f'<polyline class="line s{number}" points="{path}"/>')
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
+        parts.append(f'<polyline class="{_kind(line, number)}" fill="none" points="{path}"/>')
+        if len(lines) > 1:
+            mark = "dashed" if line.dashed else f"s{number}"
+            keys.append(f'<span class="key {mark}">{escape(line.name)}</span>')
         if line.marked:
             parts += [
-                f'<circle class="dot s{number}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"><title>'
+                f'<circle class="dot s{number}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5"><title>'
                 f"{escape(line.name)}: {short_number(y)} at {short_number(x)} "
                 f"{escape(x_name)}</title></circle>"
                 for x, y in zip(line.xs, line.ys, strict=True)
             ]
-    names = [
-        f'<span class="key s{i}">{escape(s.name)}</span>' for i, s in enumerate(lines, 1) if len(lines) > 1
-    ]
     if reference is not None:
-        names.append(f'<span class="key dashed">{escape(reference_name)}</span>')
-    last = "; ".join(f"{s.name} ends at {short_number(s.ys[-1])}" for s in lines)
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}'
-        f'<span class="keys">{"".join(names)}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {last}")}">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+        keys.append(f'<span class="key dashed">{escape(reference_name)}</span>')
+    return _figure(title, keys, parts, "; ".join(line.last for line in lines if not line.dashed))
+
+
+def scatter_chart(
+    title: str,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    *,
+    x_name: str,
+    line: Series | None = None,
+) -> str:
+    """A titled figure of points, with a dashed line through it; empty text without two finite points."""
+    points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    if len(points) < 2:
+        return ""
+    dashed = Series("") if line is None else line
+    frame = _Frame.around([*(x for x, _ in points), *dashed.xs], [*(y for _, y in points), *dashed.ys])
+    parts = frame.parts(x_name)
+    parts += [f'<circle class="point" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2"/>' for x, y in points]
+    keys: list[str] = []
+    if dashed.xs:
+        ends = " ".join(
+            f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(dashed.xs, dashed.ys, strict=True)
+        )
+        parts.append(f'<polyline class="reference" fill="none" points="{ends}"/>')
+        keys.append(f'<span class="key dashed">{escape(dashed.name)}</span>')
+    return _figure(title, keys, parts, f"{len(points)} points")
 
 
 def interval_bar(

@@ -1,6 +1,6 @@
 """The report's sections of a fine-tuning run: the fusion heads beside each other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def finetune_tiles(results: Json) -> list[str]:
     return tiles
 
 
-def finetune_sections(folder: Path, results: Json) -> str:
-    """The fusion table and what it says."""
+def finetune_sections(folder: Path, results: Json, epochs: Sequence[Json] = ()) -> str:
+    """The fusion table and what it says; ``epochs``: the lines of metrics.jsonl."""
     heads = {name: _mapping(head) for name, head in _mapping(results.get("heads")).items()}
     metric = _primary(heads)
     if metric is None:
@@ -103,7 +103,11 @@ def finetune_sections(folder: Path, results: Json) -> str:
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
     parts.append(f'<p class="soft">{rows} {GAIN}</p>')
     parts.append(_fusion_table(heads, metric, results))
-    parts.append(_reliability(heads, _selected(heads, metric, results), results))
+    chosen = _selected(heads, metric, results)
+    charts = _reliability(heads, chosen, results)
+    if chosen is not None:
+        charts += training_charts(epochs, chosen)
+    parts.append(f'<div class="charts">{charts}</div>' if charts else "")
     return "".join(parts)
 
 
@@ -153,7 +157,7 @@ def _reliability(heads: dict[str, dict[str, Any]], chosen: str | None, results: 
         f"Reliability of {chosen}: {'share of rows with the label' if labels else 'share that is right'}",
         [
             Series(str(chosen), [x for x, _ in points], [y for _, y in points], marked=True),
-            Series("calibrated", [0.0, 1.0], [0.0, 1.0]),
+            Series("calibrated", [0.0, 1.0], [0.0, 1.0], dashed=True),
         ],
         x_name="probability of the label" if labels else "confidence",
         from_zero=True,
@@ -173,4 +177,27 @@ def _gain(head: Json, results: Json, *, share: bool) -> Html:
     return Html(
         f'<span class="{kind}">{sign}{(percent if share else plain)(diff)}</span>'
         f"<small>{few or interval(versus, share=share)}{against}</small>"
+    )
+
+
+def training_charts(rows: Sequence[Json], head: str) -> str:
+    """Loss and the chosen metric per epoch of the head that is kept: the mean over its seeds."""
+    own = [row for row in rows if row.get("kind") == head and "fold" not in row]
+    named = (key for row in own for key in row if key.startswith("inner_") and key != "inner_loss")
+    known = list(dict.fromkeys(named))
+    metric = "auroc" if "inner_auroc" in known else known[0].removeprefix("inner_") if known else ""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in own:
+        for key in ("loss", "inner_loss", f"inner_{metric}"):
+            value = row.get(key)
+            if isinstance(value, int | float) and isinstance(row.get("epoch"), int):
+                found.setdefault(key, {}).setdefault(row["epoch"], []).append(float(value))
+
+    def series(key: str, name: str) -> Series:
+        means = sorted((epoch, sum(values) / len(values)) for epoch, values in found.get(key, {}).items())
+        return Series(name, [float(e + 1) for e, _ in means], [v for _, v in means], marked=len(means) < 30)
+
+    losses = [series("loss", "training rows"), series("inner_loss", "inner rows")]
+    return line_chart(f"Loss of {head}", losses, x_name="epochs") + line_chart(
+        f"{metric} of {head} on the inner rows", [series(f"inner_{metric}", metric)], x_name="epochs"
     )

@@ -11,6 +11,7 @@ __all__ = [
     "cell",
     "data_uri",
     "details",
+    "encoded",
     "missing",
     "number",
     "percent",
@@ -141,6 +142,11 @@ def details(summary: str, content: str) -> str:
     )
 
 
+def encoded(data: bytes, kind: str) -> str:
+    """Bytes of a media type as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
 def data_uri(folder: Path, name: Any) -> str | None:
     """A picture of a run folder as a data URI; None if it is absent, outside of the folder, too big or no
     picture."""
@@ -154,5 +160,5 @@ def data_uri(folder: Path, name: Any) -> str | None:
     data = path.read_bytes()
     for signature, kind in SIGNATURES.items():
         if data.startswith(signature):
-            return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+            return encoded(data, kind)
     return None

@@ -4,9 +4,11 @@ __all__ = ["STYLE"]
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfbfa;--card:#fff;--ink:#1b1f27;--soft:#5d6675;--line:#e4e6ea;
---s1:#2563b8;--s2:#b45309;--s3:#0f766e;--s4:#7e4bb5;--good:#0f7b3f;--bad:#b3362b;--tint:#f2f4f7}
+--s1:#2563b8;--s2:#b45309;--s3:#0f766e;--s4:#7e4bb5;--s5:#a8326e;--s6:#5b6b1f;
+--good:#0f7b3f;--bad:#b3362b;--tint:#f2f4f7}
 @media (prefers-color-scheme:dark){:root{--paper:#14171c;--card:#1b1f26;--ink:#e8eaee;--soft:#a0a8b5;
---line:#2e343e;--s1:#7ab0f2;--s2:#eba556;--s3:#55c2b4;--s4:#bf9cec;--good:#5fc98c;--bad:#ee8a80;--tint:#232830}}
+--line:#2e343e;--s1:#7ab0f2;--s2:#eba556;--s3:#55c2b4;--s4:#bf9cec;--s5:#f08fbe;--s6:#b9c96a;
+--good:#5fc98c;--bad:#ee8a80;--tint:#232830}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);-webkit-text-size-adjust:100%;
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -24,7 +26,8 @@ p{margin:4px 0 12px;max-width:74ch}
 font-variant-numeric:tabular-nums}
 .tile span{display:block;color:var(--soft);font-size:13px}
 .tile .name{color:var(--ink);font-size:14px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:14px;margin:12px 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px;
+margin:12px 0}
 figure{margin:0;padding:12px 14px 8px}
 figcaption{font-size:13px;display:flex;justify-content:space-between;gap:12px;flex-wrap:wrap;margin-bottom:4px}
 svg{display:block;width:100%;height:auto}
@@ -32,14 +35,18 @@ svg{display:block;width:100%;height:auto}
 .tick{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}.line.s4{stroke:var(--s4)}
+.line.s5{stroke:var(--s5)}.line.s6{stroke:var(--s6)}
 .dot{stroke:var(--card);stroke-width:1.5}
 .dot.s1{fill:var(--s1)}.dot.s2{fill:var(--s2)}.dot.s3{fill:var(--s3)}.dot.s4{fill:var(--s4)}
-.reference{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:3 3}
-.keys{display:inline-flex;gap:12px}
+.dot.s5{fill:var(--s5)}.dot.s6{fill:var(--s6)}
+.point{fill:var(--s1);opacity:.4}
+.reference{fill:none;stroke:var(--soft);stroke-width:1.5;stroke-dasharray:3 3}
+.keys{display:inline-flex;gap:2px 12px;flex-wrap:wrap}
 .key::before{content:"";display:inline-block;width:14px;height:0;margin-right:5px;vertical-align:middle;
 border-top:3px solid var(--soft)}
 .key.s1::before{border-color:var(--s1)}.key.s2::before{border-color:var(--s2)}
 .key.s3::before{border-color:var(--s3)}.key.s4::before{border-color:var(--s4)}
+.key.s5::before{border-color:var(--s5)}.key.s6::before{border-color:var(--s6)}
 .key.dashed::before{border-top-style:dashed;border-top-width:2px}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:10px 0}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
@@ -58,7 +65,8 @@ tr.best th,tr.best td{background:var(--tint)}
 padding:0 8px;margin-left:6px}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .missing{border-left:3px solid var(--line);padding:2px 0 2px 12px;color:var(--soft)}
-.examples{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:10px;margin:10px 0}
+.examples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:10px;
+margin:10px 0}
 .example{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;display:flex;
 gap:14px}
 .example img{width:72px;height:72px;border-radius:6px;background:#fff;flex:none}
@@ -70,6 +78,24 @@ gap:14px}
 .strip figure{padding:0;border:0;background:none;text-align:center;font-size:12px;color:var(--good)}
 .strip img{width:100%;height:auto;aspect-ratio:1;outline:2px solid var(--line);outline-offset:1px}
 .strip .hit img{outline-color:var(--good)}
+.share{display:block;margin:-8px -14px;padding:8px 14px}
+.share.right{background:rgb(15 123 63 / var(--a))}.share.wrong{background:rgb(179 54 43 / var(--a))}
+.share small{color:inherit;opacity:.75}
+.weight{display:inline-block;margin-right:18px}.weight small{display:inline;margin-left:4px}
+.errors{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:12px;
+margin:12px 0}
+.error{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px;display:flex;
+gap:14px;flex-wrap:wrap}
+.views{display:flex;gap:8px;flex:none}
+.view{position:relative;width:112px;height:112px;border-radius:6px;overflow:hidden;background:#fff}
+.view img{width:100%;height:100%;display:block}
+.view .heat{position:absolute;inset:0}
+.what{flex:1 1 150px;min-width:0;font-size:14px}
+.what p{margin:0 0 4px;overflow-wrap:anywhere}
+.what .said b{color:var(--bad)}.what .said span{color:var(--soft);font-size:13px}
+.what .soft{font-size:12.5px}
+.words{line-height:1.7}
+.word{background:rgb(235 120 0 / var(--a));border-radius:3px;padding:1px 2px}
 details{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:8px 14px}
 summary{cursor:pointer}
 pre{overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:8px 0;
@@ -77,5 +103,8 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--tint);border-radius:4px;
 padding:1px 5px}
 footer{margin-top:48px;color:var(--soft);font-size:13px}
+@media (max-width:600px){main{padding:20px 14px 48px}th,td{padding:7px 9px}
+.share{margin:-7px -9px;padding:7px 9px}
+.tile b{font-size:25px}}
 @media print{body{background:#fff}details{display:block}.scroll{overflow:visible}}
 """

@@ -142,7 +142,7 @@ def write_predictions(
             continue
         for c, label in enumerate(task.classes):
             if task.type != "binary" or c == 1:
-                table[f"{name}:{label}"] = got[:, c].astype(np.float32)
+                table[f"{name}:{label}"] = got[:, c]
     with temporary_beside(folder / "predictions.parquet") as temporary:
         pq.write_table(pa.table(table), temporary)
 

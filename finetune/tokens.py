@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from ..pretrain.model import Encoders
 from ..pretrain.packing import pad_text
 
-__all__ = ["image_inputs", "image_tokens", "project_text", "text_inputs", "text_tokens"]
+__all__ = [
+    "image_inputs",
+    "image_tokens",
+    "project_image",
+    "project_text",
+    "text_inputs",
+    "text_tokens",
+]
 
 LEAST_CELLS = 4
 
@@ -30,12 +37,19 @@ def image_tokens(model: Encoders, images: Tensor) -> Tensor:
     visual: Any = model.clip.visual
     trunk: Any = getattr(visual, "trunk", None)
     tokens = model.image_tokens(images)
-    if isinstance(visual, VisionTransformer):
-        return tokens if visual.proj is None or visual.attn_pool is not None else tokens @ visual.proj
     if trunk is not None and tokens.shape[1] < LEAST_CELLS and hasattr(trunk, "forward_intermediates"):
         maps = trunk.forward_intermediates(model.model.pixels(images), intermediates_only=True)
         large = [m for m in maps if m.ndim == 4 and m.shape[2] * m.shape[3] >= LEAST_CELLS]
         return rearrange(large[-1], "n c h w -> n (h w) c").float() if large else tokens
+    return project_image(model, tokens)
+
+
+def project_image(model: Encoders, tokens: Tensor) -> Tensor:
+    """[n, P, D], or the tokens [n, P, W] of an image tower as they are."""
+    visual: Any = model.clip.visual
+    if isinstance(visual, VisionTransformer):
+        return tokens if visual.proj is None or visual.attn_pool is not None else tokens @ visual.proj
+    trunk: Any = getattr(visual, "trunk", None)
     head = getattr(visual, "head", None)
     if isinstance(head, nn.Module) and _token_wise(head):
         return head(tokens)

@@ -261,7 +261,11 @@ class Encoders:
     def image_tokens(self, images: Tensor) -> Tensor:
         """Last layer's patch tokens float32 [n, P, W], normalised by the tower's final norm; for conv towers
         the cells of the last feature map, row by row."""
-        pixels, visual = self.model.pixels(images), self.clip.visual
+        return self.patch_tokens(self.model.pixels(images))
+
+    def patch_tokens(self, pixels: Tensor) -> Tensor:
+        """``image_tokens`` of normalised pixels float32 [n, 3, S, S], with their gradient."""
+        visual = self.clip.visual
         if isinstance(visual, VisionTransformer):
             out = visual.forward_intermediates(
                 pixels,
@@ -288,20 +292,23 @@ class Encoders:
         """Last layer's tokens float32 [n, L, W] after the final norm, L the longest caption's length, and
         bool [n, L], True for real tokens."""
         token_ids, seq_lens = self.tokenizer.pack(captions)
-        text, longest = self.clip.text, int(seq_lens.max())
-        padded = pad_text(text, token_ids, seq_lens).to(self.device)
+        longest = int(seq_lens.max())
+        padded = pad_text(self.clip.text, token_ids, seq_lens).to(self.device)
+        real = torch.arange(longest, device=self.device) < seq_lens.to(self.device)[:, None]
+        return self.word_tokens(padded)[:, :longest], real
+
+    def word_tokens(self, padded: Tensor) -> Tensor:
+        """Last layer's tokens float32 [n, L, W] after the final norm, of padded ids int64 [n, L], with their
+        gradient."""
+        text = self.clip.text
         if isinstance(text, TextTransformer):
             out = text.forward_intermediates(
                 padded, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
             )
-            tokens = out["text_intermediates"][-1]
-        else:
-            assert isinstance(text, HFTextEncoder)
-            mask = (padded != cast(Any, text.config).pad_token_id).long()
-            tokens = text.transformer(input_ids=padded, attention_mask=mask).last_hidden_state
-        return tokens[:, :longest].float(), torch.arange(longest, device=self.device) < seq_lens.to(
-            self.device
-        )[:, None]
+            return out["text_intermediates"][-1].float()
+        assert isinstance(text, HFTextEncoder)
+        mask = (padded != cast(Any, text.config).pad_token_id).long()
+        return text.transformer(input_ids=padded, attention_mask=mask).last_hidden_state.float()
 
 
 class LoadedModel(Encoders):

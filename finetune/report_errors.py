@@ -1,0 +1,257 @@
+"""The report's most confident errors: pictures, texts, what was said, and which parts it rested on."""
+
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..configs.errors import UserError
+from ..data.decode import DecodeError, eval_image
+from .cells import BrokenPicture, Picture, PictureReader
+from .manifest import Rows
+from .predictor import Predictor
+from .relevance import Member, Relevance, relevance_of, shares
+from .report_html import encoded, missing, text
+from .report_predictions import Predictions, Unreadable
+from .saved import read_json
+
+__all__ = ["Mistake", "error_section", "mistakes"]
+
+SHOWN = 8
+SIDE = 176
+"""Pixels of a shown picture."""
+LETTERS = 400
+"""Of a shown text."""
+MOST_BYTES = 60_000
+"""Of one picture in the page; a larger one is made coarser."""
+ABOUT = (
+    "The errors that the head was surest of, among rows that it was not trained on. Over the picture and "
+    "under the words: where the answer was read (attention times its gradient, rolled out over the layers; "
+    "Chefer et al. 2021), each scaled to its own greatest value. It shows what was looked at, not why."
+)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """``row``: number among the predictions; ``explained``: the class that relevance is told of."""
+
+    row: int
+    truth: str
+    said: str
+    surely: str
+    explained: int | None
+
+
+def mistakes(found: Predictions, head: str, most: int = SHOWN) -> list[Mistake]:
+    """The most confident errors of a head, of the first repeat, the surest first: by the probability of what
+    was said; ordinal: first by the distance in ranks; multilabel: by the label that is furthest off, one per
+    row; regression: the greatest residuals."""
+    p, task, truth = found.p[head], found.task, found.targets
+    rows = np.arange(len(p)) if found.repeat is None else np.flatnonzero(found.repeat == found.repeat.min())
+    if task.type == "regression":
+        residual = p[rows, 0] - truth[rows]
+        order = rows[np.argsort(-np.abs(residual), kind="stable")][:most]
+        return [
+            Mistake(int(i), f"{truth[i]:.4g}", f"{p[i, 0]:.4g}", f"residual {p[i, 0] - truth[i]:+.4g}", None)
+            for i in order
+            if p[i, 0] != truth[i]
+        ]
+    if task.type == "multilabel":
+        off = np.where((p >= 0.5) != (truth == 1), np.abs(p - truth), 0.0)[rows]
+        label = off.argmax(1)
+        order = np.argsort(-off.max(1), kind="stable")[:most]
+        return [_of_label(found, head, int(rows[j]), int(label[j])) for j in order if off[j].max() > 0]
+    said = task.predicted(p)
+    wrong = rows[said[rows] != truth[rows]]
+    sure = p[wrong, said[wrong]]
+    if task.type == "ordinal":
+        sure = sure + np.abs(said[wrong] - truth[wrong])
+    order = wrong[np.argsort(-sure, kind="stable")][:most]
+    return [
+        Mistake(
+            int(i),
+            task.classes[truth[i]],
+            task.classes[said[i]],
+            f"probability {p[i, said[i]]:.3f}",
+            int(said[i]),
+        )
+        for i in order
+    ]
+
+
+def _of_label(found: Predictions, head: str, i: int, c: int) -> Mistake:
+    p, task = found.p[head], found.task
+    names = [", ".join(task.classes[j] for j in np.flatnonzero(row)) or "no label" for row in
+             (found.targets[i] == 1, p[i] >= 0.5)]  # fmt: skip
+    what = "is there" if found.targets[i, c] == 1 else "is not there"
+    return Mistake(i, names[0], names[1], f"{task.classes[c]} {what}: probability {p[i, c]:.3f}", c)
+
+
+def error_section(
+    folder: Path, found: Predictions, head: str, table: tuple[Rows, Mapping[str, int]] | str
+) -> str:
+    """The errors as cards. ``table``: the rows with the numbers of the tested ids, or why there are none."""
+    chosen = mistakes(found, head)
+    title = f"<h3>Most confident errors of {text(head)}</h3>"
+    if not chosen:
+        return f'{title}<p class="soft">There is no error among the tested rows.</p>'
+    parts = [title, f'<p class="soft">{text(ABOUT)}</p>']
+    if isinstance(table, str):
+        parts.append(missing(f"Without pictures and texts: {table}.", "diptych report"))
+        cards = [_card(found, one, None, None, "", None) for one in chosen]
+        return "".join(parts) + f'<div class="errors">{"".join(cards)}</div>'
+    rows, number = table
+    places = [number.get(found.ids[one.row]) for one in chosen]
+    preprocess, reader, pictures = _preprocess(folder), PictureReader(), dict[int, Any]()
+    for i in dict.fromkeys(place for place in places if place is not None):
+        pictures[i] = _seen(rows.images[i], preprocess, reader)
+    seen = [i is not None and not isinstance(pictures[i], str) for i in places]
+    told, notes = _relevance(folder, found, head, rows, chosen, places, seen)
+    parts += [f'<p class="missing">{text(note)}</p>' for note in notes]
+    for one, i, relevance in zip(chosen, places, told, strict=True):
+        words = None if i is None else rows.texts[i]
+        picture = None if i is None else pictures[i]
+        gone = "" if i is not None else "The table has no such row any more."
+        parts.append(_card(found, one, picture, words, gone, relevance))
+    first = len(parts) - len(chosen)
+    return "".join(parts[:first]) + f'<div class="errors">{"".join(parts[first:])}</div>'
+
+
+def _preprocess(folder: Path) -> dict[str, Any]:
+    """How the run's encoders see pictures, so that patches lie where they were read."""
+    try:
+        return read_json(folder / "encoder" / "open_clip_config.json")["preprocess_cfg"]
+    except (UserError, KeyError):
+        return {}
+
+
+def _seen(picture: Picture | None, preprocess: Mapping[str, Any], reader: PictureReader) -> Any:
+    """The picture as the model saw it, sharper; None where there is none, or why it cannot be shown."""
+    if picture is None:
+        return None
+    known = {k: preprocess[k] for k in ("resize_mode", "interpolation", "fill_color") if k in preprocess}
+    try:
+        pixels = eval_image(reader.read(picture), SIDE, **known)
+    except (BrokenPicture, DecodeError, UserError) as error:
+        return f"The picture cannot be shown: {' '.join(str(error).split())[:120]}."
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), mode="RGB")
+    for quality in (85, 60, 30):
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=quality)
+        if buffer.tell() <= MOST_BYTES:
+            break
+    return buffer.getvalue()
+
+
+def _relevance(
+    folder: Path,
+    found: Predictions,
+    head: str,
+    rows: Rows,
+    chosen: Sequence[Mistake],
+    places: Sequence[int | None],
+    seen: Sequence[bool],
+) -> tuple[list[Relevance | None], list[str]]:
+    """Relevance of each error by the head that made it (None: it cannot be had), and why in a line each."""
+    told: list[Relevance | None] = [None] * len(chosen)
+    notes: dict[str, None] = {}
+    by_fold: dict[int | None, list[int]] = defaultdict(list)
+    for j, (one, whole) in enumerate(zip(chosen, seen, strict=True)):
+        if whole:
+            by_fold[None if found.fold is None else int(found.fold[one.row])].append(j)
+    try:
+        predictor = Predictor.load(folder, head=None if found.fold is not None else head)
+        for fold, which in by_fold.items():
+            members = _members(folder, predictor, found, head, fold)
+            numbers = np.array([places[j] for j in which], dtype=np.int64)
+            classes = [chosen[j].explained for j in which]
+            got = relevance_of(
+                members,
+                found.task,
+                rows.take(numbers),
+                None if None in classes else np.array(classes, dtype=np.int64),
+                max_pixels=predictor.max_pixels,
+            )
+            for j, one in zip(which, got, strict=True):
+                told[j] = one
+                notes |= {f"No relevance of the {k}: {why}.": None for k, why in one.without.items()}
+    except (UserError, Unreadable) as error:
+        notes[f"No relevance: {error}."] = None
+    return told, list(notes)
+
+
+def _members(
+    folder: Path, predictor: Predictor, found: Predictions, head: str, fold: int | None
+) -> list[Member]:
+    """The models that made a fold's answers."""
+    if fold is None or found.repeat is None:
+        saved, places = predictor.saved, predictor.encoders
+    else:
+        place = folder / "folds" / f"repeat_{int(found.repeat.min())}" / f"fold_{fold}" / "heads" / head
+        if read_json(place / "head.json").get("adapt", {}).get("method") != "linear_probe":
+            raise Unreadable("the encoders that were trained in the folds are not kept")
+        saved = predictor.read_fold(place)
+        places = [folder / "encoder"] * len(saved)
+    return [Member(one, predictor.model(path)) for one, path in zip(saved, places, strict=True)]
+
+
+def _card(
+    found: Predictions,
+    one: Mistake,
+    picture: bytes | str | None,
+    words: str | None,
+    gone: str,
+    relevance: Relevance | None,
+) -> str:
+    """One error. ``picture``: a JPEG, or why there is none."""
+    parts: list[str] = []
+    if isinstance(picture, bytes):
+        shown = f'<img alt="" src="{encoded(picture, "image/jpeg")}">'
+        parts.append(f'<div class="view">{shown}</div>')
+        if relevance is not None and relevance.image is not None:
+            heat = f'<img class="heat" alt="relevance" src="{encoded(_heat(relevance.image), "image/png")}">'
+            parts.append(f'<div class="view">{shown}{heat}</div>')
+    views = f'<div class="views">{"".join(parts)}</div>' if parts else ""
+    lines = [f'<p class="said"><b>{text(one.said)}</b> <span>{text(one.surely)}</span></p>']
+    lines.append(f"<p>truth: <b>{text(one.truth)}</b></p>")
+    if words is not None:
+        lines.append(f'<p class="words">{_words(words, relevance)}</p>')
+    lines += [
+        f'<p class="soft">{text(note)}</p>' for note in (gone, picture) if note and isinstance(note, str)
+    ]
+    fold = "" if found.fold is None else f", fold {int(found.fold[one.row])}"
+    lines.append(f'<p class="soft">row {text(found.ids[one.row])}{fold}</p>')
+    return f'<div class="error">{views}<div class="what">{"".join(lines)}</div></div>'
+
+
+def _words(words: str, relevance: Relevance | None) -> str:
+    """The text, its words shaded where their relevance is known."""
+    if relevance is None or not relevance.text:
+        return text(words if len(words) <= LETTERS else words[: LETTERS - 1] + "\u2026")
+    shade = shares([r for _, r in relevance.text])
+    made: list[str] = []
+    length = 0
+    for (word, _), a in zip(relevance.text, shade, strict=True):
+        length += len(word) + 1
+        if length > LETTERS:
+            made.append("\u2026")
+            break
+        made.append(f'<span class="word" style="--a:{0.75 * a:.2f}">{text(word)}</span>')
+    return " ".join(made)
+
+
+def _heat(relevance: Any) -> bytes:
+    """A transparent PNG of patches, from nothing over yellow to red."""
+    share = shares(relevance.ravel()).reshape(relevance.shape)
+    pixels = np.zeros((*share.shape, 4), dtype=np.uint8)
+    pixels[..., 0] = 235
+    pixels[..., 1] = (200 * (1 - share)).round()
+    pixels[..., 3] = (190 * share).round()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, mode="RGBA").save(buffer, format="PNG")
+    return buffer.getvalue()
