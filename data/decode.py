@@ -205,25 +205,26 @@ def eval_image(
     interpolation: Interpolation = "bicubic",
     fill_color: int = 0,
     max_pixels: int = MAX_PIXELS,
+    resize: int | None = None,
 ) -> Tensor:
     """One image as open_clip's evaluation transform makes it, bit for bit before its floats: uint8 [3, S, S].
 
     ``image``: bytes to decode, or uint8 [3, H, W]. ``resize_mode``: shortest side to S and the centre cut out
     ("shortest"), longest side to S and the rest filled with ``fill_color`` ("longest"), or both sides to S
-    ("squash"). Raises DecodeError.
+    ("squash"). ``resize``: another length than S that sides are resized to before the centre [S, S] is cut
+    out, as timm's evaluation transform does with a ``crop_pct`` below 1. Raises DecodeError.
     """
     if isinstance(image, bytes):
         image = decode_image(image, max_pixels=max_pixels)
     height, width = image.shape[1:]
+    length = resize or image_size
     if resize_mode == "squash":
-        target = image_size, image_size
+        target = length, length
     elif resize_mode == "shortest":
         short = min(height, width)
-        target = tuple(
-            image_size if side == short else int(image_size * side / short) for side in (height, width)
-        )
+        target = tuple(length if side == short else int(length * side / short) for side in (height, width))
     else:
-        ratio = max(height / image_size, width / image_size)
+        ratio = max(height / length, width / length)
         target = max(1, round(height / ratio)), max(1, round(width / ratio))
     if target != (height, width):
         # Pillow's own, as in open_clip: torch's differs by up to two steps of 255

@@ -5,6 +5,8 @@ batch are padding (``pretrain.packing``). Ids are kept, so that a caption that c
 """
 
 import functools
+import hashlib
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +66,12 @@ class Tokenizer:
         self._kept: dict[str, tuple[NDArray[np.int32], bool]] = {}
         self._kept_sentences: dict[str, tuple[NDArray[np.int32], bool]] = {}
         self.cut = 0
+
+    def sha256(self) -> str:
+        """Hash of what it does to texts; the name of a Hugging Face tokenizer alone says too little."""
+        own = self._encode.describe() if isinstance(self._encode, _HuggingFaceEncode) else "CLIP"
+        known = [own, self.context_length, self.pad_id, self._settings]
+        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return build_tokenizer, (self.name, self.context_length, self._settings)
@@ -140,7 +148,8 @@ def build_tokenizer(
 
     ``name``: None for CLIP's own (``SimpleTokenizer``), else a Hugging Face name or folder (``HFTokenizer``).
     ``settings``: open_clip's ``tokenizer_kwargs``, for instance ``{"clean": "canonicalize"}``, and its
-    ``tokenizer_mode``. Raises UserError if the tokenizer cannot be had.
+    ``tokenizer_mode``; with ``{"clean": "none"}`` a Hugging Face tokenizer gets the texts as they are. Raises
+    UserError if the tokenizer cannot be had.
     """
     if context_length < 1:
         raise UserError(f"context_length: {context_length} must be at least 1")
@@ -246,6 +255,15 @@ class _HuggingFaceEncode:
             rows = [[0 if token == separator else token for token in row] for row in rows]
         return [(list(row) or [self._pad_id], whole.get(i, 0) > length) for i, row in enumerate(rows)]
 
+    def describe(self) -> Any:
+        """Everything that decides its ids, as JSON takes it."""
+        own: Any = self._tokenizer.tokenizer
+        special = {k: str(v) for k, v in own.special_tokens_map.items()}
+        if not getattr(own, "is_fast", False):
+            return [type(own).__name__, special, sorted(own.get_vocab().items())]
+        whole = json.loads(own.backend_tokenizer.to_str())
+        return [special, {k: v for k, v in whole.items() if k not in ("truncation", "padding")}]
+
     def _lengths(self, cleaned: list[str], **options: Any) -> list[int]:
         """How many ids the captions have as they are; quietly, though they may be too many."""
         if not cleaned:
@@ -255,8 +273,9 @@ class _HuggingFaceEncode:
 
 
 def _hugging_face(name: str, context_length: int, settings: Mapping[str, Any]) -> HFTokenizer:
+    options = {k: v for k, v in settings.items() if (k, v) != ("clean", "none")}
     try:
-        return HFTokenizer(name, context_length=context_length, **settings)
+        tokenizer = HFTokenizer(name, context_length=context_length, **options)
     except ImportError as error:
         raise UserError(
             f"tokenizer {name} needs the package transformers; pip install transformers"
@@ -269,3 +288,6 @@ def _hugging_face(name: str, context_length: int, settings: Mapping[str, Any]) -
         raise UserError(
             f"{what} {name} gives no tokenizer ({reason}); check the name or the network"
         ) from error
+    if settings.get("clean") == "none":
+        tokenizer.clean_fn = str
+    return tokenizer

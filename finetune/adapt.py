@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders, LoadedModel
 from .class_contrast import ClassContrast, ClassTexts
 from .config import AdaptConfig, HeadConfig, StoppingConfig
 from .encoders import class_texts, encoder_groups, open_encoders, parameter_groups
@@ -46,7 +46,7 @@ class Fitted:
     """
 
     head: Head
-    model: LoadedModel | None
+    model: Encoders | None
     scale: float
     shift: float
     best_epoch: int
@@ -113,7 +113,7 @@ def fit(
 @dataclass(frozen=True)
 class _Tuned:
     best_epoch: int
-    model: LoadedModel | None = None
+    model: Encoders | None = None
     trained: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -162,9 +162,10 @@ def _reading(rows: Source, head: Head) -> LiveRows:
     return replace(rows, read=head.modalities)
 
 
-def _contrast(run: Training, model: LoadedModel, train: Part, inner: Part) -> None:
+def _contrast(run: Training, model: Encoders, train: Part, inner: Part) -> None:
     """The contrastive epochs of a run: the encoders of the best one by zero-shot classification stay."""
     task, adapt = run.task, run.adapt
+    assert isinstance(model, LoadedModel)
     texts = ClassTexts(model, class_texts(adapt, task.classes), run.head.modalities, task.outputs)
     contrast = ClassContrast(texts, task, adapt, run.stopping, run.seed, run.log)
     contrast.note = {"phase": "contrastive"}
@@ -181,7 +182,7 @@ def soup(
     adapt: AdaptConfig,
     stopping: StoppingConfig,
     inner: Part,
-    live_of: Callable[[LoadedModel], LiveRows],
+    live_of: Callable[[Encoders], LiveRows],
     calibration: str,
 ) -> list[tuple[int, Fitted]]:
     """One model in the place of the seeds': the mean of their weights, heads and encoders. The members must

@@ -11,6 +11,7 @@ from ..configs.load import StrictModel
 from ..pretrain.tracking import TrackingConfig
 from .adapt_config import AdaptConfig, of_encoders
 from .head_config import OPTIONS, SINGLE, STAGES, HeadConfig, Link
+from .source_config import ImageEncoderConfig, SourceConfig, TextEncoderConfig
 from .task_config import TaskConfig
 
 __all__ = [
@@ -22,12 +23,14 @@ __all__ = [
     "EvalConfig",
     "FinetuneConfig",
     "HeadConfig",
+    "ImageEncoderConfig",
     "LabelledDataConfig",
     "Link",
     "ModalityConfig",
     "SourceConfig",
     "StoppingConfig",
     "TaskConfig",
+    "TextEncoderConfig",
 ]
 
 
@@ -78,17 +81,6 @@ class LabelledDataConfig(StrictModel):
         if not value:
             raise ValueError("name at least one modality, for instance {image: {column: image}}")
         return value
-
-
-class SourceConfig(StrictModel):
-    """The pretrained encoders."""
-
-    checkpoint: str
-    """A pretraining run, a checkpoint folder, a .safetensors file or open_clip's ARCH:TAG."""
-    batch_size: int = Field(default=256, ge=1)
-    """Pictures encoded at once."""
-    cache: bool = True
-    """Keep frozen features in the cache folder, so that a second run does not encode again."""
 
 
 class StoppingConfig(StrictModel):
@@ -195,7 +187,31 @@ class FinetuneConfig(StrictModel):
             if head.op not in SINGLE and not both:
                 raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")
         self._check_task()
+        self._check_encoders()
         return self
+
+    def _check_encoders(self) -> None:
+        """What encoders that were trained apart cannot do."""
+        apart, used = self.model.separate, [k for k in ("image", "text") if k in self.data.modalities]
+        if not apart:
+            return
+        for k in used:
+            if k not in apart:
+                raise ValueError(
+                    f"model.{k}: data.modalities has {k}; give its encoder, or leave {k} out there"
+                )
+        for k in apart:
+            if k not in used:
+                raise ValueError(f"model.{k}: data.modalities has no {k}; remove it")
+        why = "needs one space of pictures and texts, which encoders trained apart do not have"
+        for name, head in self.all_heads().items():
+            adapt = self.adapt_of(name)
+            if head.op == "similarity":
+                raise ValueError(f"heads.{name}: similarity {why}; remove it")
+            if adapt.method == "contrastive":
+                raise ValueError(f"heads.{name}: adapt.method contrastive {why}; set another")
+            if adapt.class_prompts is not None:
+                raise ValueError(f"heads.{name}: adapt.class_prompts {why}; remove it")
 
     def _check_task(self) -> None:
         """What a kind of task does not have."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..configs.errors import UserError
 from ..pretrain.layer_decay import layer_scales
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from ..pretrain.optim import decays
 from ..pretrain.zero_shot import Prompts, class_name_prompts
 from .config import SINGLE, AdaptConfig, FinetuneConfig
@@ -27,7 +27,7 @@ __all__ = [
 Groups = list[dict[str, Any]]
 
 
-def check_methods(config: FinetuneConfig, model: LoadedModel, classes: Sequence[str]) -> None:
+def check_methods(config: FinetuneConfig, model: Encoders, classes: Sequence[str]) -> None:
     """Refuse, before anything is trained, what a head's method cannot do with these encoders and classes.
 
     Raises UserError.
@@ -61,8 +61,8 @@ def class_texts(adapt: AdaptConfig, classes: Sequence[str]) -> Prompts:
     return {name: [texts] if isinstance(texts, str) else texts for name, texts in given.items()}
 
 
-def _towers(model: LoadedModel) -> dict[str, nn.Module]:
-    return {"image": model.clip.visual, "text": model.clip.text}
+def _towers(model: Encoders) -> dict[str, nn.Module]:
+    return {k: t for k, t in (("image", model.clip.visual), ("text", model.clip.text)) if t is not None}
 
 
 def trained_towers(modalities: Collection[str], adapt: AdaptConfig) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ def trained_towers(modalities: Collection[str], adapt: AdaptConfig) -> tuple[str
     return tuple(dict.fromkeys((*reads, "text"))) if adapt.method == "contrastive" else reads
 
 
-def open_encoders(model: LoadedModel, modalities: Sequence[str], adapt: AdaptConfig) -> None:
+def open_encoders(model: Encoders, modalities: Sequence[str], adapt: AdaptConfig) -> None:
     """Let what the method trains of the towers be trained, and nothing else. They stay in eval mode: batch
     norms keep their statistics, and nothing is dropped."""
     for parameter in model.clip.parameters():
@@ -107,7 +107,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> Groups:
     ]
 
 
-def encoder_groups(model: LoadedModel, adapt: AdaptConfig) -> Groups:
+def encoder_groups(model: Encoders, adapt: AdaptConfig) -> Groups:
     """What is trained of the encoders, in a group per rate: ``encoder_lr`` relative to ``lr``, falling from
     layer to layer towards the input with ``encoder_layer_decay``."""
     found: dict[tuple[float, bool], list[torch.Tensor]] = {}

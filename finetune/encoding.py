@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.decode import DecodeError, eval_image
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .cells import BrokenPicture, Picture, PictureReader
 from .tokens import image_inputs, image_tokens, text_inputs, text_tokens
 
@@ -21,7 +21,7 @@ TEXT_BATCH = 1024
 
 
 def read_pixels(
-    model: LoadedModel, pictures: Sequence[Picture], reader: PictureReader, max_pixels: int
+    model: Encoders, pictures: Sequence[Picture], reader: PictureReader, max_pixels: int
 ) -> tuple[Tensor, list[str]]:
     """uint8 [n, 3, S, S], preprocessed as the model wants it, and why a picture is broken ("" if it is not;
     broken ones are white)."""
@@ -37,6 +37,7 @@ def read_pixels(
                 interpolation=preprocess["interpolation"],
                 fill_color=preprocess["fill_color"],
                 max_pixels=max_pixels,
+                resize=preprocess.get("resize"),
             )
         except (BrokenPicture, DecodeError) as error:
             reasons[i] = " ".join(str(error).split())[:200]
@@ -44,7 +45,7 @@ def read_pixels(
 
 
 def encode_pictures(
-    model: LoadedModel,
+    model: Encoders,
     pictures: Sequence[Picture],
     reader: PictureReader,
     *,
@@ -56,7 +57,7 @@ def encode_pictures(
 ) -> Arrays:
     """``features`` float32 [n, D], ``broken`` [n], the reason or "", and where asked for ``tokens`` and
     ``inputs`` float16 [n, P, W]."""
-    features: list[Tensor] = [torch.zeros(0, model.embed_dim)]
+    features: list[Tensor] = [torch.zeros(0, model.widths["image"])]
     found: list[Tensor] = []
     before: list[Tensor] = []
     broken: list[str] = []
@@ -81,7 +82,7 @@ def encode_pictures(
 
 
 def encode_texts(
-    model: LoadedModel,
+    model: Encoders,
     texts: Sequence[str],
     *,
     tokens: bool,
@@ -91,7 +92,7 @@ def encode_texts(
     """``features`` float32 [n, D], and where asked for ``tokens`` and ``inputs`` float16 [n, L, W] with
     ``mask`` bool [n, L], L the longest text's tokens."""
     parts = [list(texts[i : i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)]
-    features: list[Tensor] = [torch.zeros(0, model.embed_dim)]
+    features: list[Tensor] = [torch.zeros(0, model.widths["text"])]
     found: list[tuple[Tensor, Tensor]] = []
     before: list[Tensor] = []
     for part in parts:

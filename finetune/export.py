@@ -15,7 +15,7 @@ from ..configs.errors import UserError
 from ..pretrain.checkpoint import MANIFEST, newest_checkpoint, verify
 from ..pretrain.model import LoadedModel, load_model
 from .predictor import Predictor
-from .saved import write_encoder, write_folder
+from .saved import open_encoder, write_encoder, write_folder
 
 __all__ = ["KINDS", "NOTE", "export"]
 
@@ -67,7 +67,7 @@ def export(
             found.update(_within(write_program(predictor, folder, say), source))
             _note(folder, kind, source, predictor.head, found)
     else:
-        model = _open(source, head, say)
+        model = _open(source, kind, head, say)
 
         def fill(folder: Path) -> None:
             if kind == "hf":
@@ -111,7 +111,7 @@ def _predictor(source: str | Path, head: str | None) -> Predictor:
     return Predictor.load(source, head=head, device="cpu")
 
 
-def _open(source: str | Path, head: str | None, say: Say) -> LoadedModel:
+def _open(source: str | Path, kind: str, head: str | None, say: Say) -> LoadedModel:
     """The encoders of a run or checkpoint, on the CPU in fp32."""
     path = Path(str(source).removeprefix("local-dir:"))
     if (path / "run.json").is_file():
@@ -119,7 +119,13 @@ def _open(source: str | Path, head: str | None, say: Say) -> LoadedModel:
         folder = predictor.encoders[0]
         others = len(set(predictor.encoders)) - 1
         say(f"encoders {folder}" + (f" (one of {others + 1}, one per seed)" if others else ""))
-        return load_model(folder)
+        model = open_encoder(folder)
+        if not isinstance(model, LoadedModel):
+            raise UserError(
+                f"{path}: its encoders were trained apart, and {kind} is a format of dual encoders; give "
+                f"torch_export, or take the folders in {folder} as they are, which timm and transformers read"
+            )
+        return model
     if head is not None:
         raise UserError(f"{source} has no head '{head}': it is no fine-tuning run; leave --head out")
     if (path / "checkpoints").is_dir():

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.errors import UserError
-from ..pretrain.model import LoadedModel, load_model
+from ..pretrain.model import Encoders
 from .export import NOTE, Say
 from .head import Head
 from .predictor import Predictor
-from .saved import SavedHead
+from .saved import SavedHead, open_encoder
 from .tokens import image_tokens, project_text
 
 __all__ = ["PROGRAM", "Fused", "inputs_of", "write_program"]
@@ -31,29 +31,30 @@ BATCHES = (1, 5)
 """Batch sizes at which a program is compared with the predictor."""
 
 
-class Encoders(nn.Module):
-    """Both towers on padded batches, giving what a head reads (see ``features``)."""
+class PaddedEncoders(nn.Module):
+    """The towers on padded batches, giving what a head reads (see ``features``)."""
 
-    def __init__(self, model: LoadedModel, head: Head) -> None:
+    def __init__(self, model: Encoders, head: Head) -> None:
         super().__init__()
         self.clip = model.clip
         self.model = [model]  # no submodule: the towers are one already
         self.tokens = head.reads_tokens
         self.modalities = head.modalities
-        self.pad_id = None if model.tokenizer.name is None else int(model.tokenizer.pad_id)
+        clips = "text" not in model.widths or model.tokenizer.name is None
+        self.pad_id = None if clips else int(model.tokenizer.pad_id)
 
     def image(self, pixels: Tensor) -> dict[str, Tensor]:
         """``image``, or ``image_tokens`` of pixels float32 [b, 3, S, S]."""
         model = self.model[0]
         if self.tokens:
             return {"image_tokens": image_tokens(model, pixels)}
-        return {"image": F.normalize(_first(model.clip.visual(model.model.pixels(pixels))), dim=-1)}
+        return {"image": self._scaled("image", model.clip.visual(model.model.pixels(pixels)))}
 
     def text(self, ids: Tensor) -> dict[str, Tensor]:
         """``text``, or ``text_tokens`` and ``text_mask``, of ids int64 [b, L]."""
         text: Any = self.clip.text
         if not self.tokens:
-            return {"text": F.normalize(_first(text(ids)), dim=-1)}
+            return {"text": self._scaled("text", text(ids))}
         if isinstance(text, TextTransformer):
             out = text.forward_intermediates(
                 ids, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
@@ -64,6 +65,10 @@ class Encoders(nn.Module):
             mask = (ids != cast(Any, text.config).pad_token_id).long()
             tokens = text.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
         return {"text_tokens": project_text(text, tokens), "text_mask": self._real(ids)}
+
+    def _scaled(self, kind: str, features: Any) -> Tensor:
+        features = features[0] if isinstance(features, tuple) else features
+        return F.normalize(features, dim=-1) if kind in self.model[0].normalized else features
 
     def _real(self, ids: Tensor) -> Tensor:
         """True for tokens of the text, bool [b, L]: of CLIP's own tokenizer up to the highest id, which ends
@@ -98,9 +103,9 @@ class Fused(nn.Module):
         self.heads = nn.ModuleList([saved.head for saved in predictor.saved])
         places = list(dict.fromkeys(predictor.encoders))
         self.of_seed = [places.index(place) for place in predictor.encoders]
-        self.models = [load_model(place) for place in places]
+        self.models = [open_encoder(place) for place in places]
         head = predictor.saved[0].head
-        self.encoders = nn.ModuleList([Encoders(model, head) for model in self.models])
+        self.encoders = nn.ModuleList([PaddedEncoders(model, head) for model in self.models])
         self.requires_grad_(False)
 
     def forward(
@@ -117,7 +122,7 @@ class Fused(nn.Module):
         """
         given = {"image": image_present, "text": text_present}
         present = {k: v for k, v in given.items() if v is not None}
-        features = [cast(Encoders, e).features(image, token_ids, present) for e in self.encoders]
+        features = [cast(PaddedEncoders, e).features(image, token_ids, present) for e in self.encoders]
         answers: list[Tensor] = []
         for head, member, place in zip(self.heads, self.members, self.of_seed, strict=True):
             logits = head(features[place], present)
@@ -128,10 +133,6 @@ class Fused(nn.Module):
 class _Calibrated:
     def __init__(self, saved: SavedHead) -> None:
         self.scale, self.shift = saved.scale, saved.shift
-
-
-def _first(features: Any) -> Tensor:
-    return features[0] if isinstance(features, tuple) else features
 
 
 @contextmanager
@@ -178,28 +179,30 @@ def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, flo
     return {"answers" if predictor.task.type == "regression" else "probabilities": found}
 
 
-def _document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
+def _document(predictor: Predictor, model: Encoders) -> dict[str, Any]:
     """What export.json says of inputs and outputs."""
-    side, length = model.image_size, model.tokenizer.context_length
-    shapes = {
-        "image": {"image": f"float32 [b, 3, {side}, {side}]", "image_present": "bool [b]"},
-        "text": {"token_ids": f"int64 [b, {length}]", "text_present": "bool [b]"},
-    }
-    return {
+    shapes: dict[str, dict[str, str]] = {}
+    known: dict[str, Any] = {}
+    if "image" in predictor.modalities:
+        side = model.image_size
+        shapes["image"] = {"image": f"float32 [b, 3, {side}, {side}]", "image_present": "bool [b]"}
+        known["preprocess"] = model.config["preprocess_cfg"]
+    if "text" in predictor.modalities:
+        words = model.tokenizer
+        shapes["text"] = {"token_ids": f"int64 [b, {words.context_length}]", "text_present": "bool [b]"}
+        known |= {"tokenizer": words.name or "CLIP", "pad_id": words.pad_id}
+    return known | {
         "head": predictor.head,
         "seeds": len(predictor.saved),
         "task": predictor.task.type,
         "classes": predictor.classes,
         "inputs": {name: shape for k in predictor.modalities for name, shape in shapes[k].items()},
         "output": f"float32 [b, {max(1, len(predictor.classes))}]",
-        "preprocess": model.config["preprocess_cfg"],
-        "tokenizer": model.tokenizer.name or "CLIP",
-        "pad_id": model.tokenizer.pad_id,
     }
 
 
 def inputs_of(
-    predictor: Predictor, model: LoadedModel, images: list[Tensor | None], texts: list[str | None]
+    predictor: Predictor, model: Encoders, images: list[Tensor | None], texts: list[str | None]
 ) -> dict[str, Tensor]:
     """A program's inputs from uint8 [3, S, S] pixels and texts; None where a modality is missing."""
     inputs: dict[str, Tensor] = {}
@@ -218,7 +221,7 @@ def inputs_of(
 
 
 def _random_rows(
-    predictor: Predictor, model: LoadedModel, n: int
+    predictor: Predictor, model: Encoders, n: int
 ) -> tuple[list[Tensor | None], list[str | None]]:
     """Random pictures and texts: the first row has both, then one or the other is missing in turn."""
     draw = random.Random(n)
@@ -235,7 +238,7 @@ def _random_rows(
     return images, texts
 
 
-def _difference(predictor: Predictor, model: LoadedModel, program: nn.Module, n: int) -> float:
+def _difference(predictor: Predictor, model: Encoders, program: nn.Module, n: int) -> float:
     """Largest absolute difference of n rows' answers."""
     images, texts = _random_rows(predictor, model, n)
     pictures = [None if x is None else Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..configs.files import cache_dir, fsync_folder
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .cells import BrokenPicture, Picture, PictureReader
 from .encoding import Arrays, encode_pictures, encode_texts
 from .joint import check_joint
@@ -94,10 +94,10 @@ class FeatureRows:
         )
 
 
-def encoder_fingerprint(model: LoadedModel) -> str:
-    """sha256 over every tensor of both towers, the preprocessing and the tokenizer."""
+def encoder_fingerprint(model: Encoders) -> str:
+    """sha256 over every tensor of the encoders, the preprocessing and what the tokenizer does."""
     digest = hashlib.sha256()
-    tokenizer = {"name": model.tokenizer.name, "context_length": model.tokenizer.context_length}
+    tokenizer = model.tokenizer.sha256() if "text" in model.widths else None
     digest.update(json.dumps([VERSION, model.config, tokenizer], sort_keys=True, default=str).encode())
     for name, value in sorted(model.clip.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
@@ -106,7 +106,7 @@ def encoder_fingerprint(model: LoadedModel) -> str:
 
 
 def extract(
-    model: LoadedModel,
+    model: Encoders,
     rows: Rows,
     *,
     tokens: bool = False,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..configs.files import atomic_write_text
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
@@ -106,7 +106,7 @@ def _fit_seed(
     )
 
 
-def _live(session: Session, model: LoadedModel, rows: Ints) -> LiveRows:
+def _live(session: Session, model: Encoders, rows: Ints) -> LiveRows:
     part = session.rows.take(rows)
     limit = session.config.data.max_pixels
     return LiveRows(model, part.images, part.texts, part.modalities, limit, PictureReader())

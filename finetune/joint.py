@@ -8,7 +8,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransfo
 from torch import Tensor, nn
 
 from ..configs.errors import UserError
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .attention import SelfBlock
 from .config import HeadConfig
 from .head import Features, Head, Present, Standard
@@ -104,7 +104,7 @@ def _grow_first(head: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: A
         head.grow(shape, {k: state[f"{prefix}project.{k}.weight"].shape[1] for k in names})
 
 
-def check_joint(model: LoadedModel) -> None:
+def check_joint(model: Encoders) -> None:
     """Raise UserError if a joint head cannot start from a model's towers."""
     visual, text = model.clip.visual, model.clip.text
     ours = isinstance(visual, VisionTransformer) and all(
@@ -118,7 +118,7 @@ def check_joint(model: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def start_joint(module: nn.Module, model: LoadedModel) -> None:
+def start_joint(module: nn.Module, model: Encoders) -> None:
     """Give every joint head in ``module`` the image tower's blocks; other heads are left alone."""
     for head in module.modules():
         if not isinstance(head, Joint):
@@ -135,7 +135,7 @@ def start_joint(module: nn.Module, model: LoadedModel) -> None:
             "quick": int(isinstance(first.mlp.gelu, QuickGELU)),
         }
         text: Any = model.clip.text
-        others = {k: model.embed_dim for k in head.modalities if k not in ("image", "text")}
+        others = {k: model.widths[k] for k in head.modalities if k not in ("image", "text")}
         words = {"text": int(text.token_embedding.weight.shape[1])} if "text" in head.modalities else {}
         head.grow(shape, words | others)
         head.cls.copy_(visual.ln_pre(visual.class_embedding + visual.positional_embedding[0]))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .cells import Picture, PictureReader
 from .encoding import read_pixels
 from .features import FeatureRows, extract
@@ -43,7 +43,7 @@ class LiveRows:
     ``read``: the modalities whose features are wanted (None: all); of others only the presence is told.
     """
 
-    model: LoadedModel
+    model: Encoders
     images: Sequence[Picture | None]
     texts: Sequence[str | None]
     modalities: tuple[str, ...]
@@ -66,7 +66,7 @@ class LiveRows:
             present[k] = there.to(self.model.device)
             if self.read is not None and k not in self.read:
                 continue
-            out = torch.zeros(len(items), self.model.embed_dim, device=self.model.device)
+            out = torch.zeros(len(items), self.model.widths[k], device=self.model.device)
             given = [item for item in items if item is not None]
             if given and k == "image":
                 pixels, broken = read_pixels(self.model, given, self.reader, self.max_pixels)

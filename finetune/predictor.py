@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..configs.errors import UserError
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from .cells import PictureFolder
 from .config import LabelledDataConfig, ModalityConfig
 from .explain import Explanation, coalitions, explained_class, shapley, values_of
@@ -50,7 +50,7 @@ class Predictor:
         self.has_weights = has_weights(saved[0].head)
         """Whether the head weighs its modalities."""
         self._info, self._saved, self._device = info, saved, device
-        self._models: dict[Path, LoadedModel] = {}
+        self._models: dict[Path, Encoders] = {}
 
     @classmethod
     def load(cls, run: str | Path, *, head: str | None = None, device: str = "auto") -> "Predictor":
@@ -159,7 +159,8 @@ class Predictor:
     def embed(
         self, table: Any, *, root: str | Path | None = None, progress: Progress = silent
     ) -> dict[str, NDArray[np.float32]]:
-        """Embeddings float32 [n, D] per modality, of length 1; NaN in rows where it is missing.
+        """Embeddings float32 [n, D] per modality, of a dual encoder of length 1; NaN in rows where it is
+        missing.
 
         Of heads that were trained with their encoders those of the first seed's: encoders of different seeds
         have no common space. See ``predict_proba`` for what may be given.

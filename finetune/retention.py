@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pretrain.model import LoadedModel
 from ..pretrain.retrieval import best_ranks
 from ..pretrain.zero_shot import class_features
 from .config import AdaptConfig
@@ -23,12 +24,15 @@ KS = (1, 5, 10)
 
 
 def retention(rows: LiveRows, targets: Tensor, task: Task, adapt: AdaptConfig) -> dict[str, Any] | None:
-    """``measure``, ``n`` and ``value`` of the encoders on these rows; None where nothing can be measured.
+    """``measure``, ``n`` and ``value`` of the encoders on these rows; None where nothing can be measured,
+    as of encoders without a common space.
 
     ``mean recall``: the mean of R@1, R@5 and R@10, both ways, over the n rows that have picture and text; of
     binary tasks the positive ones, as the others may be pairs that do not match. Where there are no pairs,
     ``zero-shot accuracy`` of the n pictures with the texts of their classes.
     """
+    if not isinstance(rows.model, LoadedModel):
+        return None
     features = encode_rows(rows, rows.modalities)
     targets = targets.cpu()
     if {"image", "text"} <= set(rows.modalities):

@@ -1,6 +1,7 @@
 """A fine-tuning run on disk: safetensors and JSON, whole or absent, and complete in itself.
 
-``encoder/`` is the pretrained checkpoint as an open_clip folder; ``heads/NAME/`` holds per seed the head
+``encoder/`` is the pretrained checkpoint as an open_clip folder, or encoders trained apart, each in a folder
+of its own (``unimodal``); ``heads/NAME/`` holds per seed the head
 (``seed_0.safetensors``) and, where they were trained, the encoders (``encoder_seed_0/``); ``run.json`` says
 what a prediction needs. Nothing is unpickled and nothing outside the folder is needed.
 """
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from ..configs.errors import UserError
 from ..configs.files import fsync_folder
-from ..pretrain.model import LoadedModel, bundle_text, load_model, open_clip_config
+from ..pretrain.model import Encoders, LoadedModel, load_model
+from ..pretrain.towers import write_open_clip
 from .config import HeadConfig
 from .fusion import Head, build_head
 from .tasks import Task
+from .unimodal import NOTE, SeparateEncoders, open_saved
 
 __all__ = [
     "SavedHead",
@@ -37,8 +40,6 @@ __all__ = [
     "save_head",
     "write_folder"
 ]  # fmt: skip
-
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -89,15 +90,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_encoder(model: LoadedModel, folder: Path) -> None:
-    """Write both towers into an existing folder, as open_clip reads them."""
-    state = {k: v.detach().cpu().contiguous() for k, v in model.clip.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(open_clip_config(model.clip), indent=1) + "\n", encoding="utf-8")
-    bundle_text(model.clip, folder)
+def write_encoder(model: Encoders, folder: Path) -> None:
+    """Write the encoders into an existing folder: a dual encoder as open_clip reads it, others as
+    ``SeparateEncoders.write`` says."""
+    if isinstance(model, LoadedModel):
+        write_open_clip(model.clip, folder)
+    else:
+        assert isinstance(model, SeparateEncoders)
+        model.write(folder)
 
 
-def save_encoder(model: LoadedModel, folder: Path, fingerprint: str) -> None:
+def save_encoder(model: Encoders, folder: Path, fingerprint: str) -> None:
     """Keep the pretrained encoders in the run; if they are there already, do nothing."""
     note = folder / "fingerprint.json"
     if note.is_file() and read_json(note).get("sha256") == fingerprint:
@@ -125,7 +128,7 @@ class SavedHead:
 
 
 def save_head(
-    folder: Path, document: dict[str, Any], members: list[tuple[int, Head, LoadedModel | None]]
+    folder: Path, document: dict[str, Any], members: list[tuple[int, Head, Encoders | None]]
 ) -> None:
     """Write ``heads/NAME``: ``head.json`` and each seed's tensors with their hashes."""
 
@@ -173,9 +176,9 @@ def read_head(
     return saved
 
 
-def open_encoder(folder: Path, device: str | torch.device) -> LoadedModel:
+def open_encoder(folder: Path, device: str | torch.device = "cpu") -> Encoders:
     """The encoders kept in a run."""
-    return load_model(folder, device=device)
+    return open_saved(folder, device) if (folder / NOTE).is_file() else load_model(folder, device)
 
 
 def device_of(name: str) -> torch.device:

@@ -84,7 +84,7 @@ def evaluate(
         "target": config.task.target,
         "n_test": len(set(rows.tolist())),
         "n_test_groups": len(set(groups)),
-        "checkpoint": config.model.checkpoint,
+        "checkpoint": config.model.name,
         "encoder_sha256": session.fingerprint,
     }
     gain = fusion_gain(result)

@@ -16,7 +16,7 @@ import torch
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
-from ..pretrain.model import LoadedModel, load_model
+from ..pretrain.model import Encoders
 from .adapt import Part
 from .checks import check_inner, prepare, without
 from .config import FinetuneConfig, LabelledDataConfig
@@ -29,6 +29,7 @@ from .manifest import Rows, Splits, read_rows, split_rows
 from .saved import device_of, save_encoder
 from .targets import Targets, encode_targets
 from .tasks import Ints, Task
+from .unimodal import open_source
 
 __all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder"]
 
@@ -47,7 +48,7 @@ class Session:
     splits: Splits
     targets: Targets
     task: Task
-    model: LoadedModel
+    model: Encoders
     fingerprint: str
     features: FeatureRows
     progress: Progress
@@ -121,9 +122,9 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_model(config.model.checkpoint, device=device_of(config.device))
+    model = open_source(config.model, device_of(config.device))
     task = prepared[0][1]
-    check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
+    check_heads(config.heads, {k: model.widths[k] for k in rows.modalities}, task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
     say(f"{_sizes(config, rows, parts[-1][1])}; stopping by {task_metric}")

@@ -16,7 +16,7 @@ from einops import rearrange
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from ..pretrain.model import LoadedModel
+from ..pretrain.model import Encoders
 from ..pretrain.packing import pad_text
 
 __all__ = ["image_inputs", "image_tokens", "project_text", "text_inputs", "text_tokens"]
@@ -25,7 +25,7 @@ LEAST_CELLS = 4
 
 
 @torch.inference_mode()
-def image_tokens(model: LoadedModel, images: Tensor) -> Tensor:
+def image_tokens(model: Encoders, images: Tensor) -> Tensor:
     """float32 [n, P, D], or [n, P, W] where the projection is not token-wise, of uint8 [n, 3, S, S]."""
     visual: Any = model.clip.visual
     trunk: Any = getattr(visual, "trunk", None)
@@ -47,7 +47,7 @@ def image_tokens(model: LoadedModel, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def text_tokens(model: LoadedModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+def text_tokens(model: Encoders, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """float32 [n, L, D] (or [n, L, W]) and bool [n, L], True for real tokens."""
     tokens, mask = model.text_tokens(captions)
     return project_text(model.clip.text, tokens), mask
@@ -64,7 +64,7 @@ def project_text(text: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def image_inputs(model: LoadedModel, images: Tensor) -> Tensor:
+def image_inputs(model: Encoders, images: Tensor) -> Tensor:
     """float32 [n, P, W], what the first block of open_clip's ViT reads of uint8 [n, 3, S, S], without its
     class token."""
     visual: Any = model.clip.visual
@@ -72,7 +72,7 @@ def image_inputs(model: LoadedModel, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def text_inputs(model: LoadedModel, captions: Sequence[str]) -> Tensor:
+def text_inputs(model: Encoders, captions: Sequence[str]) -> Tensor:
     """float32 [n, L, W'], word embeddings with their positions; L and the real tokens are those of
     ``text_tokens``."""
     token_ids, seq_lens = model.tokenizer.pack(captions)

@@ -15,7 +15,6 @@ import numpy as np
 from ..configs.errors import UserError
 from ..configs.files import resolve_data_path
 from ..data.canonical import canonical_caption
-from ..pretrain.model import load_model
 from .cells import BrokenPicture, PictureFolder, PictureReader
 from .checks import Planned, faults
 from .config import FinetuneConfig
@@ -25,6 +24,7 @@ from .manifest import Rows, Splits, parse_rows, read_columns
 from .session import QUARANTINE_SHARE, data_config, plan
 from .targets import encode_targets
 from .tasks import Ints
+from .unimodal import open_source
 
 __all__ = ["Finding", "same_words", "validate"]
 
@@ -321,7 +321,7 @@ def _missing(parts: Sequence[Json], findings: list[Finding]) -> None:
 
 def _truncated(config: FinetuneConfig, rows: Rows, findings: list[Finding]) -> Json:
     """Texts that are longer than the encoder's context."""
-    tokenizer = load_model(config.model.checkpoint).tokenizer
+    tokenizer = open_source(config.model).tokenizer
     texts = [text for text in rows.texts if text is not None]
     cut = 0
     for start in range(0, len(texts), TEXT_BATCH):

