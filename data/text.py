@@ -272,6 +272,10 @@ class _HuggingFaceEncode:
         return [len(row) for row in rows]
 
 
+def _as_it_is(x: str) -> str:
+    return x
+
+
 def _hugging_face(name: str, context_length: int, settings: Mapping[str, Any]) -> HFTokenizer:
     options = {k: v for k, v in settings.items() if (k, v) != ("clean", "none")}
     try:
@@ -289,5 +293,5 @@ def _hugging_face(name: str, context_length: int, settings: Mapping[str, Any]) -
             f"{what} {name} gives no tokenizer ({reason}); check the name or the network"
         ) from error
     if settings.get("clean") == "none":
-        tokenizer.clean_fn = str
+        tokenizer.clean_fn = _as_it_is
     return tokenizer

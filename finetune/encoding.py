@@ -10,14 +10,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.decode import DecodeError, eval_image
+from ..data.image_header import MAX_PIXELS
 from ..pretrain.model import Encoders
 from .cells import BrokenPicture, Picture, PictureReader
 from .tokens import image_inputs, image_tokens, text_inputs, text_tokens
 
-__all__ = ["Arrays", "encode_pictures", "encode_texts", "read_pixels"]
+__all__ = ["Arrays", "encode_pictures", "encode_texts", "prepare", "read_pixels"]
 
 Arrays = dict[str, NDArray[Any]]
 TEXT_BATCH = 1024
+
+
+def prepare(model: Encoders, image: bytes | Tensor, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """uint8 [3, S, S] of an image file or of pixels uint8 [3, H, W], as the model wants it; DecodeError."""
+    preprocess = model.config["preprocess_cfg"]
+    return eval_image(
+        image,
+        model.image_size,
+        resize_mode=preprocess["resize_mode"],
+        interpolation=preprocess["interpolation"],
+        fill_color=preprocess["fill_color"],
+        max_pixels=max_pixels,
+        resize=preprocess.get("resize"),
+    )
 
 
 def read_pixels(
@@ -25,20 +40,12 @@ def read_pixels(
 ) -> tuple[Tensor, list[str]]:
     """uint8 [n, 3, S, S], preprocessed as the model wants it, and why a picture is broken ("" if it is not;
     broken ones are white)."""
-    preprocess, size = model.config["preprocess_cfg"], model.image_size
+    size = model.image_size
     pixels = torch.full((len(pictures), 3, size, size), 255, dtype=torch.uint8)
     reasons = [""] * len(pictures)
     for i, picture in enumerate(pictures):
         try:
-            pixels[i] = eval_image(
-                reader.read(picture),
-                size,
-                resize_mode=preprocess["resize_mode"],
-                interpolation=preprocess["interpolation"],
-                fill_color=preprocess["fill_color"],
-                max_pixels=max_pixels,
-                resize=preprocess.get("resize"),
-            )
+            pixels[i] = prepare(model, reader.read(picture), max_pixels)
         except (BrokenPicture, DecodeError) as error:
             reasons[i] = " ".join(str(error).split())[:200]
     return pixels, reasons

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..configs.errors import UserError
 from ..pretrain.model import Encoders
+from .encoding import prepare
 from .export import NOTE, Say
 from .head import Head
 from .predictor import Predictor
@@ -244,8 +245,10 @@ def _difference(predictor: Predictor, model: Encoders, program: nn.Module, n: in
     pictures = [None if x is None else Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
     cells: dict[str, list[Any]] = {"image": cast(Any, pictures), "text": cast(Any, texts)}
     table = {column: cells[k] for k, column in predictor.modalities.items()}
+    reads = "image" in predictor.modalities
+    prepared = [prepare(model, x) if reads and x is not None else None for x in images]
     with torch.inference_mode():
-        got = program(**inputs_of(predictor, model, images, texts)).double().numpy()
+        got = program(**inputs_of(predictor, model, prepared, texts)).double().numpy()
     if predictor.task.type == "regression":
         return float(np.abs(got[:, 0] - predictor.predict(table)).max() / predictor.saved[0].scale)
     return float(np.abs(got - predictor.predict_proba(table)).max())

@@ -98,8 +98,8 @@ class SeparateEncoders(Encoders):
         self.config["preprocess_cfg"] = image and image.preprocess
 
     def write(self, folder: Path) -> None:
-        """Write every encoder into a folder named as its modality, as timm, transformers or open_clip read it,
-        and ``encoders.json``, which ``open_saved`` reads."""
+        """Write every encoder into a folder named as its modality, as timm, transformers or open_clip read
+        it, and ``encoders.json``, which ``open_saved`` reads."""
         entries: dict[str, dict[str, Any]] = {}
         for k, one in self.towers.items():
             (folder / k).mkdir()

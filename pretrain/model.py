@@ -273,7 +273,7 @@ class Encoders:
             return out["image_intermediates"][-1].float()
         trunk: Any = getattr(visual, "trunk", None)
         if trunk is None:  # open_clip's ResNet
-            out = cast(Any, visual).forward_intermediates(pixels, indices=1, intermediates_only=True)
+            out = visual.forward_intermediates(pixels, indices=1, intermediates_only=True)
             return out["image_intermediates"][-1].flatten(2).transpose(1, 2).float()
         tokens = trunk.forward_features(pixels)
         if tokens.ndim == 4:

@@ -73,6 +73,8 @@ def test_pictures_are_encoded_as_timm_does_it(name: str, size: int | None) -> No
     assert tokens.shape[:2] == cells.shape[:2]
     if maps.ndim == 3:
         assert (tokens - cells).abs().max() < 1e-5 * cells.abs().max()
+    elif "convnext" not in name:  # which norms the mean
+        assert (tokens.mean(1) - want).abs().max() < 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -92,7 +94,7 @@ def test_texts_are_encoded_as_transformers_does_it(tmp_path: Path, kind: str, po
         assert (got[i] - want).abs().max() < 1e-5
         assert int(mask[i].sum()) == len(out) <= 7
         assert (tokens[i][mask[i]] - out).abs().max() < 1e-5
-    assert (got[0] - got[1]).abs().max() > 0.01
+    assert (got[0] - got[1]).abs().max() > 1e-3
 
 
 def test_minilm_is_encoded_as_sentence_transformers_does_it() -> None:

@@ -74,7 +74,7 @@ def test_every_method_trains_them_and_the_run_answers_by_itself(
         assert np.abs(p[:, 1] - np.array(table[f"{name}:1"])).max() < 1e-5
         document = json.loads((run / "heads" / name / "head.json").read_text())
         assert document["retention"] is None  # nothing to retrieve: there is no common space
-        if name in ("soup", "lora"):
+        if name == "soup":
             moved = predictor.embed(tmp_path / "test.csv")
             assert all(np.abs(moved[k] - pretrained[k]).max() > 1e-6 for k in pretrained)
     assert main(["report", str(run)]) == 0
@@ -142,7 +142,7 @@ def test_what_needs_one_space_and_what_does_not_fit_is_refused(
     more = [options.pop("more")] if "more" in options else []
     path = write(tmp_path, *change.get("model", [VIT, BERT]), **options)
     with pytest.raises(UserError) as told:
-        load_config(path, FinetuneConfig, more)
+        load_config(FinetuneConfig, path, more)
     assert words in str(told.value)
 
 
