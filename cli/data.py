@@ -18,7 +18,11 @@ EPILOG = """example:
 `diptych data COMMAND --help` tells more."""
 
 FETCH = """example:
-  diptych data fetch icons"""
+  diptych data fetch icons
+  diptych data fetch clipart
+
+icons: shards for pretraining and labelled tasks, from npm packages.
+clipart: a labelled table of pictures, titles and categories, from Debian's openclipart-svg."""
 
 STATS = """example:
   diptych data stats my-shards --sheet sheet.png"""
@@ -81,9 +85,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", choices=["icons"], help="which corpus")
-    parser.add_argument("--tier", default="demo", help="how much of it (default: demo)")
-    parser.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="default: 64")
+    parser.add_argument("corpus", choices=["icons", "clipart"], help="which corpus")
+    parser.add_argument("--tier", help="icons: how much of it (default: demo)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="default: 64 for icons, 224 for clipart"
+    )
+    parser.add_argument("--deb", metavar="FILE", help="clipart: the package, where there is no apt-get")
     parser.add_argument("--out", metavar="DIR", help="where to put it (default: the cache's corpora)")
 
 
@@ -112,8 +119,6 @@ def _trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 def fetch(args: argparse.Namespace) -> int:
     """Fetch a corpus and print where it is."""
-    from ..data.corpora.icons import fetch_icons
-
     out = None if args.out is None else Path(args.out).expanduser()
     with progress_bar() as bar:
         task = bar.add_task("fetching", total=None)
@@ -121,9 +126,28 @@ def fetch(args: argparse.Namespace) -> int:
         def told(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        folder = fetch_icons(tier=args.tier, image_size=args.image_size, out=out, progress=told)
+        folder = (_clipart if args.corpus == "clipart" else _icons)(args, out, told)
     print(folder)
     return 0
+
+
+def _icons(args: argparse.Namespace, out: Path | None, told: Callable[[str, int, int], None]) -> Path:
+    from ..configs.errors import UserError
+    from ..data.corpora.icons import fetch_icons
+
+    if args.deb is not None:
+        raise UserError(f"--deb {args.deb}: icons come from npm packages; leave --deb out")
+    return fetch_icons(tier=args.tier or "demo", image_size=args.image_size or 64, out=out, progress=told)
+
+
+def _clipart(args: argparse.Namespace, out: Path | None, told: Callable[[str, int, int], None]) -> Path:
+    from ..configs.errors import UserError
+    from ..data.corpora.clipart import fetch_clipart
+
+    if args.tier is not None:
+        raise UserError(f"--tier {args.tier}: clipart has no tiers; leave --tier out")
+    deb = None if args.deb is None else Path(args.deb).expanduser()
+    return fetch_clipart(deb=deb, image_size=args.image_size or 224, out=out, progress=told)
 
 
 def stats(args: argparse.Namespace) -> int:

@@ -42,7 +42,8 @@ def resolve_data_path(text: str | Path) -> Path:
     corpora = cache_dir() / "corpora"
     if not (corpora / inside.parts[0]).is_dir():
         missing = f"there is no corpus {inside.parts[0]} in {corpora}"
-        raise UserError(f"'{name}': {missing}; fetch it with `diptych data fetch icons`")
+        corpus = "clipart" if inside.parts[0] == "clipart" else "icons"
+        raise UserError(f"'{name}': {missing}; fetch it with `diptych data fetch {corpus}`")
     return corpora / inside
 
 

@@ -6,20 +6,18 @@ folder of a temporary name that is renamed at the end, so a corpus is there whol
 and pictures that are done already are taken up again by the next try.
 """
 
-import errno
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...configs.errors import UserError
-from ...configs.files import cache_dir, fsync_folder
+from ...configs.files import cache_dir
 from ..shards import ShardWriter
 from .card import CardFacts, data_card
 from .emoji import EmojiTable
@@ -28,6 +26,7 @@ from .iconify import IconSet
 from .naming import NamedIcon, keep_icons, name_icons
 from .packages import fetch_packages, read_text
 from .pins import EMOJIBASE, RECIPE, TIERS, Tier
+from .places import STAMP, put_in_place, refuse_other_things, stamp_of, told_of_space
 from .render import Picture, Renderer, read_pictures, renderer_version
 from .sets import families, read_emoji, read_sets
 from .splits import Drawing, split_drawings
@@ -35,7 +34,6 @@ from .tasks import write_tasks
 
 __all__ = ["fetch_icons", "make_corpus"]
 
-STAMP = "corpus.json"
 SAMPLES_PER_SHARD = 1000
 Progress = Callable[[str, int, int], None]
 
@@ -60,10 +58,10 @@ def fetch_icons(
     chosen = TIERS[tier]
     folder = Path(out) if out is not None else cache_dir() / "corpora" / f"icons-{tier}"
     identity = _identity(chosen, image_size)
-    with _told_of_space(folder):
-        if _stamp(folder) == identity:
+    with told_of_space(folder, "the demo takes 150 MB on the way"):
+        if stamp_of(folder) == identity:
             return folder
-        _refuse_other_things(folder)
+        refuse_other_things(folder, "galleries.json")
         archives = fetch_packages((*chosen.packages, EMOJIBASE), progress=progress)
         left_out: dict[str, str] = {}
         table = read_emoji(archives[-1])
@@ -120,7 +118,7 @@ def make_corpus(
     )
     (new / "README.md").write_text(data_card(facts), encoding="utf-8")
     (new / STAMP).write_text(json.dumps(_figures(identity, facts), indent=1) + "\n", encoding="utf-8")
-    _replace(folder, new, staging)
+    put_in_place(folder, new, staging)
     return folder
 
 
@@ -133,14 +131,6 @@ def _identity(tier: Tier, image_size: int) -> dict[str, Any]:
         "image_size": image_size,
         "packages": {package.spec: package.integrity for package in (*tier.packages, EMOJIBASE)},
     }
-
-
-def _stamp(folder: Path) -> dict[str, Any] | None:
-    """The identity of the corpus at ``folder``; None if there is no whole one."""
-    try:
-        return json.loads((folder / STAMP).read_text(encoding="utf-8"))["made_of"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _figures(identity: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
@@ -250,32 +240,3 @@ def _write_split(folder: Path, drawings: Sequence[Drawing]) -> None:
                 "licence": d.licence,
             }
             writer.write(d.key, d.png, "png", d.caption, meta)
-
-
-def _refuse_other_things(folder: Path) -> None:
-    """Only a corpus may be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give another place for the corpus")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "galleries.json").is_file():
-        raise UserError(f"{folder} holds other things than a corpus; give an empty or a new folder")
-
-
-def _replace(folder: Path, new: Path, staging: Path) -> None:
-    """Put the finished corpus in its place, an old one out of the way, and clear the staging folder."""
-    if folder.exists():
-        folder.rename(staging / "old")
-    new.rename(folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(staging)
-
-
-@contextmanager
-def _told_of_space(folder: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            mend = "make room (the demo takes 150 MB on the way), or choose another place"
-        else:
-            mend = "choose another place"
-        raise UserError(f"{folder}: {error.strerror or error}; {mend} with --out or DIPTYCH_CACHE") from error

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ...configs.errors import UserError
 from ...configs.files import temporary_beside
@@ -45,8 +45,9 @@ def hash_24(image: Image.Image) -> str:
     return hashlib.sha256(small.tobytes()).hexdigest()[:32]
 
 
-def render(svg: str, size: int) -> Picture | None:
-    """The SVG at ``size`` x ``size`` on white; None if it cannot be drawn or the picture is one colour."""
+def render(svg: str, size: int, *, square: bool = False) -> Picture | None:
+    """The SVG on white, ``size`` pixels on its longer side, with ``square`` filled up to ``size`` x ``size``;
+    None if it cannot be drawn or the picture is one colour."""
     import resvg_py
 
     try:
@@ -58,6 +59,8 @@ def render(svg: str, size: int) -> Picture | None:
     except ValueError:
         return None
     image = Image.open(io.BytesIO(bytes(data))).convert("RGB")
+    if square and image.size != (size, size):
+        image = ImageOps.pad(image, (size, size), color="white")
     pixels = np.asarray(image)
     if (np.ptp(pixels, axis=(0, 1)) < 16).all():
         return None
@@ -80,9 +83,11 @@ class Renderer:
     """Draws sets of icons with a pool of processes, and keeps what it has drawn in ``folder``, so that an
     interrupted fetch goes on where it stopped. UserError if resvg-py is not installed."""
 
-    def __init__(self, folder: Path, size: int, *, processes: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, size: int, *, square: bool = False, processes: int | None = None
+    ) -> None:
         self._version = renderer_version()
-        self.folder, self.size = folder, size
+        self.folder, self.size, self.square = folder, size, square
         self._processes = processes if processes is not None else _cores()
         self._pool: ProcessPoolExecutor | None = None
 
@@ -99,7 +104,8 @@ class Renderer:
     def draw(self, icons: Sequence[Icon], drawn: Drawn | None = None) -> Path:
         """A file with the pictures of ``icons``, in order; see ``pictures``. ``drawn`` is told how many are
         done."""
-        digest = hashlib.sha256(f"{self.size} {self._version}".encode())
+        shape = " square" if self.square else ""
+        digest = hashlib.sha256(f"{self.size}{shape} {self._version}".encode())
         for icon in icons:
             digest.update(f"\0{icon.name}\0{icon.svg}".encode())
         path = self.folder / f"{digest.hexdigest()[:32]}.parquet"
@@ -117,7 +123,7 @@ class Renderer:
         return path
 
     def _each(self, svgs: Sequence[str]) -> Iterator[Picture | None]:
-        draw = partial(render, size=self.size)
+        draw = partial(render, size=self.size, square=self.square)
         if self._processes < 2 or len(svgs) < 4 * CHUNK:
             yield from map(draw, svgs)
             return
