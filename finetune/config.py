@@ -149,7 +149,7 @@ class FinetuneConfig(StrictModel):
     heads: dict[str, HeadConfig]
     """Heads by name; a list of operators stands for heads of those names with default options. The
     single-modality heads are always added, without which no gain can be told, and ``concat``, the usual
-    baseline of fusion."""
+    baseline of fusion; in the place of all these for retrieval ``zero_shot``, the encoders as they are."""
     adapt: AdaptConfig = AdaptConfig()
     early_stopping: StoppingConfig = StoppingConfig()
     eval: EvalConfig = EvalConfig()
@@ -172,7 +172,7 @@ class FinetuneConfig(StrictModel):
         for name, head in value.items():
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"'{name}' names a folder: use letters, digits, - and _")
-            if name in (*SINGLE, "concat") and head.op != name:
+            if name in (*SINGLE, "concat", "zero_shot") and head.op != name:
                 raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
         return value
 
@@ -185,6 +185,13 @@ class FinetuneConfig(StrictModel):
             if frozen and adapt.tunes_encoders:
                 raise ValueError(f"heads.{name}: {frozen}; set its adapt.method: linear_probe")
             head.check_modalities(name, tuple(self.data.modalities))
+            if self.task.type == "retrieval" and head.op != "similarity":
+                raise ValueError(
+                    f"heads.{name}: {head.op} gives no vectors to compare, which retrieval needs; use "
+                    "similarity (zero_shot is always added)"
+                )
+            if head.op == "zero_shot" and self.task.type != "retrieval":
+                raise ValueError(f"heads.{name}: zero_shot is for retrieval; use similarity")
             if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
                 raise ValueError(
                     f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "
@@ -199,7 +206,13 @@ class FinetuneConfig(StrictModel):
 
     def _check_task(self) -> None:
         """What a kind of task does not have."""
-        if self.task.type in ("multilabel", "regression") and any(
+        if self.task.of_pairs and set(self.data.modalities) != set(SINGLE):
+            raise ValueError(
+                f"data.modalities: {self.task.type} is about image and text; name these two and no other"
+            )
+        if self.task.type == "retrieval" and self.eval.calibration != "none":
+            raise ValueError("eval.calibration: retrieval has no probabilities to calibrate; use none")
+        if self.task.type in ("multilabel", "regression", "retrieval", "matching") and any(
             self.adapt_of(name).sampling == "balanced" for name in self.all_heads()
         ):
             raise ValueError(
@@ -217,7 +230,7 @@ class FinetuneConfig(StrictModel):
     def _methods_fit(self) -> Self:
         for name in self.all_heads():
             adapt = self.adapt_of(name)
-            if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass"):
+            if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass", "retrieval"):
                 raise ValueError(f"heads.{name}: contrastive needs classes; set another adapt.method")
             if adapt.method == "contrastive" and self.task.type == "binary" and not adapt.class_prompts:
                 raise ValueError(
@@ -229,7 +242,9 @@ class FinetuneConfig(StrictModel):
         return self
 
     def all_heads(self) -> dict[str, HeadConfig]:
-        """The heads with the baselines first."""
+        """The heads with the baselines first: of retrieval the encoders as they are."""
+        if self.task.type == "retrieval":
+            return {"zero_shot": HeadConfig(op="zero_shot", adapt={"method": "linear_probe"})} | self.heads
         baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in SINGLE if m in self.data.modalities}
         if len(baselines) > 1 and "concat" not in self.heads:
             baselines["concat"] = HeadConfig(op="concat")
@@ -238,7 +253,7 @@ class FinetuneConfig(StrictModel):
     def adapt_of(self, name: str) -> AdaptConfig:
         """How a head trains: ``adapt`` with its own keys over it. What ``adapt`` says of encoders is not for
         heads that name ``linear_probe`` themselves."""
-        own = self.heads[name].adapt if name in self.heads else {}
+        own = self.all_heads()[name].adapt
         unknown = own.keys() - AdaptConfig.model_fields.keys()
         if unknown:
             known = ", ".join(AdaptConfig.model_fields)

@@ -147,7 +147,8 @@ def _score(
     targets = [session.targets[session.splits.test] for session in folds]
     together = {name: _joined(p, [name] * len(folds), order) for name in inner}
     more = {"repeat": repeat[order], "fold": fold[order]}
-    rows, truth = rows[order], np.concatenate(targets)[order]
+    apart = [final.task.of_fold(some, i) for i, some in enumerate(targets)]
+    rows, truth = rows[order], np.concatenate(apart)[order]
     documents = _documents(folds, inner)
     result = evaluate(final, rows, truth, together, documents, best=best, single=single, more=more)
     if best not in SINGLE:

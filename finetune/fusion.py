@@ -21,6 +21,7 @@ from .joint import Joint
 from .late import Late, Stacking
 from .merged import Merged
 from .ordinal import Ordinal
+from .projection import Vectors
 
 __all__ = ["STAGES", "Features", "Head", "Late", "Present", "Standard", "build_head", "check_heads"]
 
@@ -253,7 +254,7 @@ def check_heads(
                 f"{MOST_WEIGHTS:,}; give a number, for instance {min(256, *widths.values())}"
             )
         compared = [w for k, w in widths.items() if k in SINGLE]
-        if head.op == "similarity" and len(set(compared)) > 1:
+        if (head.op == "similarity" or link == "vectors") and len(set(compared)) > 1:
             raise UserError(
                 f"heads.{name}: similarity compares embeddings of one width, and these have "
                 f"{' and '.join(map(str, compared))}; remove it"
@@ -271,10 +272,14 @@ def build_head(
     token width of the modalities that have tokens, for heads that read them (of others they read the
     embedding as one token); ``outputs``, ``link``: those of the task, the link by default softmax, or sigmoid
     of a single output. With the cumulative link it is a head of one output against ``outputs`` thresholds."""
+    if link == "vectors":
+        return Vectors(widths, project=config.op == "similarity")
     if link == "cumulative":
         return Ordinal(build_head(config, widths, 1, token_widths, "identity"), outputs)
     widths_of_tokens = {k: (token_widths or {}).get(k, width) for k, width in widths.items()}
     match config.op:
+        case "zero_shot":
+            raise AssertionError("zero_shot gives vectors alone")
         case "image" | "text":
             return Single(config.op, widths[config.op], outputs, config)
         case "similarity":

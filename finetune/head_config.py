@@ -9,17 +9,19 @@ from ..configs.load import StrictModel
 __all__ = ["OPTIONS", "SINGLE", "STAGES", "HeadConfig", "Link"]
 
 Op = Literal[
-    "image", "text", "similarity", "concat", "weighted_sum", "gated", "bilinear", "merged", "cross",
-    "bottleneck", "joint", "late",
+    "image", "text", "zero_shot", "similarity", "concat", "weighted_sum", "gated", "bilinear", "merged",
+    "cross", "bottleneck", "joint", "late",
 ]  # fmt: skip
-Link = Literal["sigmoid", "softmax", "identity", "cumulative"]
-"""How logits become answers: yes or no each, one of many, numbers, or yes and no in a fixed order."""
+Link = Literal["sigmoid", "softmax", "identity", "cumulative", "vectors"]
+"""How logits become answers: yes or no each, one of many, numbers, yes and no in a fixed order, or vectors
+that are compared."""
 SINGLE = ("image", "text")
 """Operators that read one modality: the baselines of every run."""
 
 STAGES = {
     "image": ("single", "embedding"),
     "text": ("single", "embedding"),
+    "zero_shot": ("mid", "embedding"),
     "similarity": ("mid", "embedding"),
     "concat": ("mid", "embedding"),
     "weighted_sum": ("mid", "embedding"),
@@ -36,6 +38,7 @@ STAGES = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "image": {"width": 0, "dropout": 0.1},
     "text": {"width": 0, "dropout": 0.1},
+    "zero_shot": {},
     "similarity": {},
     "concat": {"width": 256, "dropout": 0.1, "interactions": False},
     "weighted_sum": {"weights": "learned", "dropout": 0.1},

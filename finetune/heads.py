@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..configs.files import atomic_write_text
@@ -15,9 +14,10 @@ from ..pretrain.model import LoadedModel
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
-from .fusion import STAGES
+from .fusion import STAGES, Head
 from .joint import start_joint
 from .presence import Shown, logits_under
+from .projection import start_vectors
 from .retention import mean_retention, told
 from .saved import open_encoder, read_head, read_json, save_head
 from .session import Session
@@ -102,14 +102,21 @@ def _fit_seed(
         live=live,
         device=session.model.device,
         log=record,
-        start=lambda new: start_joint(new, session.model),
+        start=lambda new: _start(new, session.model),
     )
+
+
+def _start(head: Head, model: LoadedModel) -> None:
+    """What a new head takes from the encoders."""
+    start_joint(head, model)
+    start_vectors(head, model)
 
 
 def _live(session: Session, model: LoadedModel, rows: Ints) -> LiveRows:
     part = session.rows.take(rows)
     limit = session.config.data.max_pixels
-    return LiveRows(model, part.images, part.texts, part.modalities, limit, PictureReader())
+    groups = session.features.take(rows).groups
+    return LiveRows(model, part.images, part.texts, part.modalities, limit, PictureReader(), groups=groups)
 
 
 def _document(
@@ -126,7 +133,7 @@ def _document(
         parts.append(session.task.probabilities(logits))
         own = {"seed": seed, "best_epoch": got.best_epoch, "scale": got.scale, "shift": got.shift}
         seeds.append(own | got.facts)
-    p = np.mean(parts, axis=0)
+    p = session.task.averaged(parts)
     stage, level = STAGES[head.op]
     return {
         "name": name,
@@ -165,4 +172,4 @@ def head_answers(session: Session, name: str, rows: Ints, shown: Sequence[Shown]
         logits = logits_under(one.head.to(session.model.device), source, shown, batch_size=size)
         for found, own in zip(parts, logits, strict=True):
             found.append(session.task.probabilities(one.calibrated(own)))
-    return [np.mean(found, axis=0) for found in parts]
+    return [session.task.averaged(found) for found in parts]

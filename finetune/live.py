@@ -1,7 +1,7 @@
 """Where heads get features of rows from: tables of frozen features, or encoders at work."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,8 @@ class LiveRows:
     max_pixels: int
     reader: PictureReader
     read: tuple[str, ...] | None = None
+    groups: Tensor | None = None
+    """Int64 [n] as in ``FeatureRows``."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,7 +60,7 @@ class LiveRows:
         """Embeddings of the rows; zeros where a modality is missing."""
         assert not tokens, "token features are not computed with gradients"
         numbers, root = rows.tolist(), self.model.model
-        features: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {} if self.groups is None else {"group": self.groups[rows]}
         present: dict[str, Tensor] = {}
         for k in self.modalities:
             items: Sequence[Any] = [(self.images if k == "image" else self.texts)[i] for i in numbers]
@@ -84,4 +86,4 @@ def encode_rows(rows: LiveRows, modalities: tuple[str, ...]) -> FeatureRows:
     item encoded once."""
     items = Rows("", [""] * len(rows), modalities, list(rows.images), list(rows.texts), [], [], [])
     features, _ = extract(rows.model, items, max_pixels=rows.max_pixels)
-    return features
+    return replace(features, groups=rows.groups)

@@ -67,7 +67,7 @@ def read_rows(config: LabelledDataConfig, task: TaskConfig) -> Rows:
     """Read and check the labelled table of a config; see ``parse_rows``."""
     path = resolve_data_path(config.manifest)
     folder = PictureFolder(path.parent, resolve_data_path(config.root) if config.root else None)
-    return parse_rows(read_columns(path), config, folder, source=str(path), target=task.target)
+    return parse_rows(read_columns(path), config, folder, source=str(path), target=task.columns)
 
 
 def parse_rows(

@@ -20,14 +20,16 @@ from .report_html import (
     text,
     tile,
 )
+from .report_retrieval import retrieval_section
 from .verdict import no_verdict
 
 __all__ = ["finetune_sections", "finetune_tiles"]
 
 Json = Mapping[str, Any]
 SINGLE = ("image", "text")
+BEST_SINGLE = "the best single modality"
 GAIN = (
-    "Gain: paired difference to the best single modality on the same rows, positive where the head is "
+    "Gain: paired difference to {over} on the same rows, positive where the head is "
     "better; a head is better only if the interval of its gain leaves out 0. The tinted head was chosen "
     "without the test rows."
 )
@@ -70,13 +72,14 @@ def finetune_tiles(results: Json) -> list[str]:
         return []
     best = _selected(heads, metric, results)
     tiles: list[str] = []
-    for name in [best, *(n for n in SINGLE if n in heads and n != best)]:
+    for name in [best, *(n for n in (*SINGLE, "zero_shot") if n in heads and n != best)]:
         if name is None:
             continue
         score = dict(_mapping(heads[name]["metrics"][metric]))
         levels = ("chance", "majority") if metric == "accuracy" else ("chance",)
         score |= {k: results[k] for k in levels if k in results}
-        what = f"{name} alone" if name in SINGLE else f"fused: {name}"
+        kind = "head" if results.get("type") == "retrieval" else "fused"
+        what = f"{name} alone" if name in SINGLE else f"{kind}: {name}"
         note = f"{count(results.get('n_test'))} test rows"
         tiles.append(tile(f"{metric}, {what}", score, note, share=metric not in UNITS))
     return tiles
@@ -94,8 +97,10 @@ def finetune_sections(folder: Path, results: Json) -> str:
     if results.get("headline"):
         parts.append(f"<p>{text(results['headline'])}</p>")
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
-    parts.append(f'<p class="soft">{rows} {GAIN}</p>')
+    over = "zero-shot, the encoders as they were," if results.get("type") == "retrieval" else BEST_SINGLE
+    parts.append(f'<p class="soft">{rows} {GAIN.format(over=over)}</p>')
     parts.append(_fusion_table(heads, metric, results))
+    parts.append(retrieval_section(results))
     parts.append(_reliability(heads, _selected(heads, metric, results), results))
     return "".join(parts)
 
@@ -128,7 +133,8 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
                 f"{number(head.get('seconds')):.1f} s" if number(head.get("seconds")) >= 0 else "-",
             ]
         )
-    head_row = ["head", metric, "interval; dashes: chance", "gain over best single", *others]
+    over = "zero-shot" if results.get("type") == "retrieval" else "best single"
+    head_row = ["head", metric, "interval; dashes: chance", f"gain over {over}", *others]
     chosen = _selected(heads, metric, results)
     best = ranked.index(chosen) if chosen is not None else None
     return table("", [*head_row, "parameters", "time"], rows, best=best)

@@ -29,6 +29,10 @@ def choose(task: Task, inner: Mapping[str, Mapping[str, float]]) -> tuple[str, s
     def score(name: str) -> tuple[float, float]:
         return sign * inner[name][task.primary], -inner[name]["loss"]
 
+    if task.type == "retrieval":  # the baseline is what the encoders do by themselves
+        return max(
+            (name for name in inner if name != "zero_shot"), key=score, default="zero_shot"
+        ), "zero_shot"
     fused = [name for name in inner if name not in SINGLE] or list(inner)
     return max(fused, key=score), max((name for name in inner if name in SINGLE), key=score)
 
@@ -38,6 +42,7 @@ def write_run(session: Session, heads: list[str], best: str) -> None:
     data = session.config.data
     document = {
         "task": session.task.type,
+        "makes_negatives": session.task.negatives is not None,
         "classes": list(session.task.classes),
         "target": session.config.task.target,
         "modalities": {k: m.column for k, m in data.modalities.items()},
@@ -129,8 +134,8 @@ def fusion_gain(result: Mapping[str, Any]) -> Json | None:
         of = versus["metric"]
         diff, low, high = (f"{value:+.4g}" for value in values)
     between = no_verdict(result) or f"95 % interval {low} to {high}"
-    text = (
-        f"Fusion gain over the best single modality ({versus['against']}): {diff} {of} ({between}), head "
-        f"{result['best']}."
-    )
+    over = f"Fusion gain over the best single modality ({versus['against']})"
+    if result["type"] == "retrieval":
+        over = "Gain over zero-shot"
+    text = f"{over}: {diff} {of} ({between}), head {result['best']}."
     return {"head": result["best"]} | dict(versus) | {"text": text}

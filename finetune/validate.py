@@ -21,7 +21,9 @@ from .checks import Planned, faults
 from .config import FinetuneConfig
 from .features import Progress, silent
 from .folds import strata_of
+from .links import PICTURE, TEXT, linked
 from .manifest import Rows, Splits, parse_rows, read_columns
+from .matching import with_negatives
 from .session import QUARANTINE_SHARE, data_config, plan
 from .targets import encode_targets
 from .tasks import Ints
@@ -30,6 +32,7 @@ __all__ = ["Finding", "same_words", "validate"]
 
 Json = dict[str, Any]
 EXAMPLES = 5
+CONTENT = {"different pictures": PICTURE, "different texts": TEXT}
 TEXT_BATCH = 1024
 MISSING_GAP = 0.1  # shares of a missing modality that differ by more than this are worth a note
 
@@ -110,8 +113,8 @@ def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
         text = f"{len(repeated)} ids of column '{config.data.id}' stand on several rows; make them unique"
         findings.append(Finding("duplicate_id", True, text, tuple(repeated[:EXAMPLES])))
     folder = PictureFolder(path.parent, resolve_data_path(data.root) if data.root else None)
-    rows = parse_rows(columns, data, folder, source=str(path), target=config.task.target)
-    return replace(rows, ids=ids) if repeated else rows
+    rows = parse_rows(columns, data, folder, source=str(path), target=config.task.columns)
+    return linked(replace(rows, ids=ids) if repeated else rows, config.task, data)
 
 
 Plan = list[tuple[str, Splits]]
@@ -143,6 +146,11 @@ def _faults(
     """What the run would refuse; a small class, which is told already, is not told twice."""
     small = any(finding.kind == "small_class" and finding.fails for finding in findings)
     broken = [i for i, found in enumerate(pictures) if found is None and rows.images[i] is not None]
+    try:
+        rows, planned = with_negatives(config, rows, planned)
+    except UserError as error:
+        findings.append(Finding("negatives", True, str(error)))
+        return
     for kind, text in faults(config, rows, planned, broken).items():
         if not (small and kind == "targets"):
             findings.append(Finding(kind, True, text))
@@ -170,6 +178,8 @@ def _histogram(targets: Any, classes: Sequence[str]) -> Callable[[Ints], Json]:
         return lambda rows: dict(
             zip(classes, np.bincount(targets[rows], minlength=len(classes)).tolist(), strict=True)
         )
+    if targets.ndim == 2 and not classes:  # pairs
+        return lambda rows: {name: len(np.unique(targets[rows, column])) for name, column in CONTENT.items()}
     if targets.ndim == 2:
         return lambda rows: dict(zip(classes, (targets[rows] > 0.5).sum(axis=0).tolist(), strict=True))
 
@@ -203,7 +213,7 @@ def _small_classes(
     findings: list[Finding],
 ) -> None:
     """Classes without enough training rows in some fold, and those that some fold cannot test."""
-    if strata_of(targets) is None:
+    if strata_of(targets) is None or config.task.of_pairs:
         return
     needed, cv = config.data.min_class_rows, config.eval.cv
     for number, name in enumerate(classes):
