@@ -154,6 +154,8 @@ def print_results(result: dict[str, Any], console: Any) -> None:
         over = "zero_shot, the encoders as they were"
         _print_retrieval(result, console)
     console.print(f"* chosen on the inner rows; gain: paired, over {over}", soft_wrap=True)
+    if "note" in result:
+        console.print(result["note"], markup=False, soft_wrap=True)
     if "fusion_gain" in result:
         console.print(result["fusion_gain"]["text"], markup=False, soft_wrap=True)
     if "chosen_per_fold" in result:

@@ -185,13 +185,15 @@ class FinetuneConfig(StrictModel):
             if frozen and adapt.tunes_encoders:
                 raise ValueError(f"heads.{name}: {frozen}; set its adapt.method: linear_probe")
             head.check_modalities(name, tuple(self.data.modalities))
+            if head.op == "zero_shot":
+                raise ValueError(
+                    f"heads.{name}: retrieval always has zero_shot, other tasks never; remove it"
+                )
             if self.task.type == "retrieval" and head.op != "similarity":
                 raise ValueError(
                     f"heads.{name}: {head.op} gives no vectors to compare, which retrieval needs; use "
-                    "similarity (zero_shot is always added)"
+                    "similarity"
                 )
-            if head.op == "zero_shot" and self.task.type != "retrieval":
-                raise ValueError(f"heads.{name}: zero_shot is for retrieval; use similarity")
             if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
                 raise ValueError(
                     f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "

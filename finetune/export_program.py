@@ -162,6 +162,11 @@ def trace(fused: Fused, predictor: Predictor) -> Any:
 def write_program(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]:
     """Write ``model.pt2`` and what its inputs and outputs are; returns by how much the loaded program differs
     from the predictor, of regression in standard deviations of the training targets."""
+    if predictor.task.type == "retrieval":
+        raise UserError(
+            f"{predictor.run}: a program answers rows by themselves, and retrieval compares them; export the "
+            "encoders with --to open_clip or hf"
+        )
     if any(one.head.reads_inputs for one in predictor.saved):
         raise UserError(
             f"{predictor.run}: head '{predictor.head}' reads patch and word embeddings, which a program "

@@ -91,9 +91,9 @@ def _check_splits(rows: Rows, groups: Ints, data: LabelledDataConfig) -> None:
         if rows.splits[first] != rows.splits[i]:
             raise UserError(
                 f"{rows.source}: rows {first + 1} and {i + 1} belong together, by a picture, a text, a group "
-                f"or what they match, and stand in splits {rows.splits[first]} and {rows.splits[i]}; put such "
-                "rows into one split, or set data.group_across_splits=allow if the splits differ in something "
-                "else"
+                f"or what they match, and stand in splits {rows.splits[first]} and {rows.splits[i]}; put "
+                "such rows into one split, or set data.group_across_splits=allow if the splits differ in "
+                "something else"
             )
 
 

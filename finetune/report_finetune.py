@@ -96,6 +96,8 @@ def finetune_sections(folder: Path, results: Json) -> str:
     parts = [f"<h2>Fusion on {text(results.get('task', 'the task'))}</h2>"]
     if results.get("headline"):
         parts.append(f"<p>{text(results['headline'])}</p>")
+    if results.get("note"):
+        parts.append(f"<p>{text(results['note'])}</p>")
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
     over = "zero-shot, the encoders as they were," if results.get("type") == "retrieval" else BEST_SINGLE
     parts.append(f'<p class="soft">{rows} {GAIN.format(over=over)}</p>')

@@ -92,9 +92,25 @@ def evaluate(
         "checkpoint": config.model.checkpoint,
         "encoder_sha256": session.fingerprint,
     }
+    if task.negatives is not None:
+        result["note"] = _made_note(config.task.negatives, result)
     gain = fusion_gain(result)
     told: Json = {"headline": headline(result)} | ({"fusion_gain": gain} if gain else {})
     return {"task": config.name} | told | result
+
+
+def _made_note(negatives: int, result: Mapping[str, Any]) -> str:
+    """What the made pairs of a matching task mean for its scores, and a check that they do."""
+    alone = [
+        f"{name} {value:.3f}"
+        for name in SINGLE
+        if (value := result["heads"][name]["metrics"]["auroc"]["value"]) is not None
+    ]
+    share = "half" if negatives == 1 else f"{negatives} of {negatives + 1}"
+    return (
+        f"Of these rows {share} were made: each picture with the text of another. Either modality alone is "
+        f"at chance by construction, an AUROC of 0.5; found: {', '.join(alone)}."
+    )
 
 
 def rechosen(session: Session, rows: Ints, targets: Targets, p: Floats, single: Floats) -> Json:

@@ -1,6 +1,6 @@
 """The config of a task: what is to be predicted, and the weights of its loss."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,13 +42,6 @@ class TaskConfig(StrictModel):
     """Matching only: in training, pairs that do not match are drawn by how similar picture and text are
     (ALBEF, Li et al. 2021, arXiv 2107.07651)."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_target(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("type") in OF_PAIRS:
-            return {"target": None} | data
-        return data
-
     @property
     def of_pairs(self) -> bool:
         """Whether the rows of the table are pairs that match."""
@@ -61,6 +54,8 @@ class TaskConfig(StrictModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.of_pairs and "target" not in self.model_fields_set:
+            object.__setattr__(self, "target", None)  # the default depends on the type
         if self.type == "binary" and self.classes is not None:
             raise ValueError("classes belongs to multiclass; for binary give positive")
         if self.type != "binary" and self.positive is not None:
