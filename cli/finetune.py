@@ -130,7 +130,8 @@ def print_results(result: dict[str, Any], console: Any) -> None:
     from ..finetune.tasks import higher_is_better
 
     heads = result["heads"]
-    metrics = list(next(iter(heads.values()))["metrics"])[:3]
+    shown = 1 if result.get("type") == "retrieval" else 3  # all of its metrics stand in a table of their own
+    metrics = list(next(iter(heads.values()))["metrics"])[:shown]
     chance = f"; chance {_number(result['chance'])}" if result.get("chance") is not None else ""
     title = f"{result['n_test']:,} test rows in {result['n_test_groups']:,} groups{chance}"
     if "cv" in result:
@@ -161,11 +162,13 @@ def print_results(result: dict[str, Any], console: Any) -> None:
         _print_missing(result["missing"], console)
     if "search" in result:
         _print_search(result["search"], console)
-    console.print(
-        f"* chosen on the inner rows; gain: paired, over {result['best_single']}, the best single modality "
-        "there",
-        soft_wrap=True,
-    )
+    over = f"{result['best_single']}, the best single modality there"
+    if result.get("type") == "retrieval":
+        over = "zero_shot, the encoders as they were"
+        _print_retrieval(result, console)
+    console.print(f"* chosen on the inner rows; gain: paired, over {over}", soft_wrap=True)
+    if "note" in result:
+        console.print(result["note"], markup=False, soft_wrap=True)
     if "fusion_gain" in result:
         console.print(result["fusion_gain"]["text"], markup=False, soft_wrap=True)
     if "chosen_per_fold" in result:
@@ -198,6 +201,27 @@ def _print_folds(result: dict[str, Any], console: Any) -> None:
         table.add_row(str(row["repeat"]), str(row["fold"]), *sizes, *scores, gain)
     spread = [_number(result["spread"].get(name, {}).get("sd")) for name in names]
     table.add_row("", "s.d.", "", "", "", "", *spread, "")
+    console.print(table, "")
+
+
+def _print_retrieval(result: dict[str, Any], console: Any) -> None:
+    """All metrics of the baseline and of the recommended head beside chance."""
+    from rich.table import Table
+
+    from ..finetune.retrieval_results import gallery_words
+
+    names = list(dict.fromkeys((result["best_single"], result["best"])))
+    title = f"among {gallery_words(result)}"
+    table = Table(title=title, title_justify="left", header_style="", box=None, pad_edge=False)
+    table.add_column("metric")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("95 % interval", justify="right", no_wrap=True)
+    table.add_column("chance", justify="right", no_wrap=True)
+    for metric, chance in result["chances"].items():
+        scores = [result["heads"][name]["metrics"][metric] for name in names]
+        cells = [shown for score in scores for shown in (_number(score["value"]), _interval(score))]
+        table.add_row(metric, *cells, _number(chance))
     console.print(table, "")
 
 

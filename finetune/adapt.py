@@ -18,8 +18,11 @@ from .fusion import Head, build_head
 from .interpolate import State, choose_alpha, greedy, mean_state
 from .live import LiveRows, Part, Source
 from .lora import merge_lora
+from .matching import MatchTraining
 from .ordinal import Ordinal
+from .projection import Vectors, start_vectors
 from .retention import retention
+from .retrieval import PairTraining
 from .tasks import Task, calibrate, higher_is_better
 from .training import LIVE_EVAL_BATCH, Log, Training, eval_batch, inner_score, inner_scores, logits_of
 
@@ -97,7 +100,7 @@ def fit(
         if isinstance(head, Ordinal):
             head.fit_thresholds(torch.bincount(train.targets, minlength=len(task.classes)).tolist())
         initial = copy.deepcopy(head.state_dict())
-        run = Training(head, task, adapt, stopping, seed, log)
+        run = training_of(task)(head, task, adapt, stopping, seed, log)
         if adapt.method != "full":
             groups = parameter_groups(head, adapt.weight_decay)
             run.epochs(train, inner, groups, adapt.lr, adapt.epochs, adapt.batch_size)
@@ -158,6 +161,13 @@ def _tune(run: Training, initial: State | None, train: Part, inner: Part) -> _Tu
     return _Tuned(best_epoch, model, trained, facts)
 
 
+def training_of(task: Task) -> type[Training]:
+    """The training loop of a task."""
+    if task.negatives is not None:
+        return MatchTraining
+    return PairTraining if task.type == "retrieval" else Training
+
+
 def _reading(rows: Source, head: Head) -> LiveRows:
     """Live rows whose encoders work for the modalities that a head reads alone."""
     assert isinstance(rows, LiveRows)
@@ -165,11 +175,17 @@ def _reading(rows: Source, head: Head) -> LiveRows:
 
 
 def _contrast(run: Training, model: Encoders, train: Part, inner: Part) -> None:
-    """The contrastive epochs of a run: the encoders of the best one by zero-shot classification stay."""
+    """The contrastive epochs of a run: the encoders of the best one by zero-shot classification, or by
+    retrieval, stay."""
     task, adapt = run.task, run.adapt
     assert isinstance(model, LoadedModel)
-    texts = ClassTexts(model, class_texts(adapt, task.classes), run.head.modalities, task.outputs)
-    contrast = ClassContrast(texts, task, adapt, run.stopping, run.seed, run.log)
+    if task.type == "retrieval":
+        pairs = Vectors(dict.fromkeys(run.head.modalities, model.embed_dim), project=False)
+        start_vectors(pairs, model)
+        contrast = PairTraining(pairs.to(model.device), task, adapt, run.stopping, run.seed, run.log)
+    else:
+        texts = ClassTexts(model, class_texts(adapt, task.classes), run.head.modalities, task.outputs)
+        contrast = ClassContrast(texts, task, adapt, run.stopping, run.seed, run.log)
     contrast.note = {"phase": "contrastive"}
     contrast.count_on(run)
     contrast.also(model.clip)

@@ -11,7 +11,9 @@ from .columns import fit_columns
 from .config import FinetuneConfig
 from .folds import Fold
 from .fusion import check_heads
+from .links import MISSING, PICTURE, TEXT, components
 from .manifest import Rows, Splits
+from .retrieval_metrics import chances
 from .search_space import candidates
 from .targets import Targets, encode_targets, make_task
 from .tasks import Floats, Task, higher_is_better
@@ -73,12 +75,16 @@ def check_inner(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targ
     if metric not in task.metrics:
         return
     inner = targets[splits.inner]
-    if len(inner):
+    if task.type == "retrieval":
+        if len(inner) and chances(inner)["mean_recall"] < 1:  # False of NaN
+            return
+    elif len(inner):
         best, worst = (task.value(metric, inner, answers) for answers in _extremes(task, inner))
         if best > worst if higher_is_better(metric) else best < worst:  # False of NaN
             return
     target = config.task.target
-    columns = f"column '{target}'" if isinstance(target, str) else f"columns {', '.join(target)}"
+    several = ", ".join(target or (m.column for m in config.data.modalities.values()))
+    columns = f"column '{target}'" if isinstance(target, str) else f"columns {several}"
     where = "" if fold is None else f" of fold {fold.fold} of repeat {fold.repeat}"
     if fold is None and config.eval.folds is not None:
         where = " of the training on all rows"
@@ -109,6 +115,18 @@ def _check_heads(config: FinetuneConfig, rows: Rows, part: Planned, targets: Tar
         check_heads(heads, {}, task.outputs, task.link)
 
 
+def _check_pairs(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targets, task: Task) -> None:
+    fold, splits = part
+    if task.type == "retrieval":
+        train = targets[splits.train]
+        pairs = train[(train[:, PICTURE] != MISSING) & (train[:, TEXT] != MISSING)]
+        if components(*pairs.T[:3]).max(initial=0) == 0:
+            raise UserError(
+                f"{_of(fold)}{rows.source}: retrieval needs two or more training rows with picture and "
+                "text that do not belong together; add some"
+            )
+
+
 def _check_weights(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targets, task: Task) -> None:
     fold, splits = part
     weights = [rows.weights[i] for i in splits.train] if rows.weights else None
@@ -130,6 +148,7 @@ CHECKS: dict[str, Check] = {
     "early_stopping": _check_metric,
     "heads": _check_heads,
     "columns": _check_columns,
+    "pairs": _check_pairs,
     "weights": _check_weights,
     "inner_metric": check_inner,
 }

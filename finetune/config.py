@@ -165,7 +165,7 @@ class FinetuneConfig(StrictModel):
     heads: dict[str, HeadConfig]
     """Heads by name; a list of operators stands for heads of those names with default options. The
     single-modality heads are always added, without which no gain can be told, and ``concat``, the usual
-    baseline of fusion."""
+    baseline of fusion; in the place of all these for retrieval ``zero_shot``, the encoders as they are."""
     adapt: AdaptConfig = AdaptConfig()
     early_stopping: StoppingConfig = StoppingConfig()
     search: SearchConfig | None = None
@@ -195,19 +195,28 @@ class FinetuneConfig(StrictModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         for name, head in self.heads.items():
-            if name in (*ENCODED, *self.data.modalities, "concat") and head.op != name:
+            if name in (*ENCODED, *self.data.modalities, "concat", "zero_shot") and head.op != name:
                 raise ValueError(f"'{name}' is the name of the baseline; call this {head.op} head otherwise")
             self._check_modalities(name, head)
             adapt = self.adapt_of(name)
             frozen = head.needs_frozen
             if frozen and adapt.tunes_encoders:
                 raise ValueError(f"heads.{name}: {frozen}; set its adapt.method: linear_probe")
+            if head.op == "zero_shot":
+                raise ValueError(
+                    f"heads.{name}: retrieval always has zero_shot, other tasks never; remove it"
+                )
+            if self.task.type == "retrieval" and head.op != "similarity":
+                raise ValueError(
+                    f"heads.{name}: {head.op} gives no vectors to compare, which retrieval needs; use "
+                    "similarity"
+                )
             if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
                 raise ValueError(
                     f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "
                     "tasks alone; remove it"
                 )
-        target = self.task.target
+        target = self.task.target or ()
         for k, declared in self.data.modalities.items():
             for column in [name for names in declared.columns.values() for name in names]:
                 if column in ((target,) if isinstance(target, str) else target):
@@ -256,6 +265,8 @@ class FinetuneConfig(StrictModel):
         why = "needs one space of pictures and texts, which encoders trained apart do not have"
         for name, head in self.all_heads().items():
             adapt = self.adapt_of(name)
+            if head.op == "zero_shot":
+                raise ValueError(f"task.type: retrieval {why}; give a dual encoder as model.checkpoint")
             if head.op == "similarity":
                 raise ValueError(f"heads.{name}: similarity {why}; remove it")
             if adapt.method == "contrastive":
@@ -265,7 +276,15 @@ class FinetuneConfig(StrictModel):
 
     def _check_task(self) -> None:
         """What a kind of task does not have."""
-        if self.task.type in ("multilabel", "regression") and any(
+        if self.task.of_pairs and set(self.data.modalities) != set(ENCODED):
+            raise ValueError(
+                f"data.modalities: {self.task.type} is about image and text; name these two and no other"
+            )
+        if self.task.of_pairs and any(declared.pool for declared in self.data.modalities.values()):
+            raise ValueError(f"data.modalities: {self.task.type} is about single pictures; remove the pool")
+        if self.task.type == "retrieval" and self.eval.calibration != "none":
+            raise ValueError("eval.calibration: retrieval has no probabilities to calibrate; use none")
+        if self.task.type in ("multilabel", "regression", "retrieval", "matching") and any(
             self.adapt_of(name).sampling == "balanced" for name in self.all_heads()
         ):
             raise ValueError(
@@ -292,7 +311,7 @@ class FinetuneConfig(StrictModel):
                     f"heads.{name}: {adapt.method} trains encoders, and none is read by this head; set its "
                     "adapt.method: linear_probe"
                 )
-            if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass"):
+            if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass", "retrieval"):
                 raise ValueError(f"heads.{name}: contrastive needs classes; set another adapt.method")
             if adapt.method == "contrastive" and self.task.type == "binary" and not adapt.class_prompts:
                 raise ValueError(
@@ -309,7 +328,9 @@ class FinetuneConfig(StrictModel):
         return self
 
     def all_heads(self) -> dict[str, HeadConfig]:
-        """The heads with the baselines first."""
+        """The heads with the baselines first: of retrieval the encoders as they are."""
+        if self.task.type == "retrieval":
+            return {"zero_shot": HeadConfig(op="zero_shot", adapt={"method": "linear_probe"})} | self.heads
         order = sorted(self.data.modalities, key=lambda m: ENCODED.index(m) if m in ENCODED else len(ENCODED))
         baselines = {m: self.heads.get(m, HeadConfig(op=m)) for m in order}
         if len(baselines) > 1 and "concat" not in self.heads:
@@ -328,7 +349,7 @@ class FinetuneConfig(StrictModel):
     def adapt_of(self, name: str) -> AdaptConfig:
         """How a head trains: ``adapt`` with its own keys over it. What ``adapt`` says of encoders is not for
         heads that name ``linear_probe`` themselves, nor for single modalities that have none."""
-        own = self.heads[name].adapt if name in self.heads else {}
+        own = self.all_heads()[name].adapt
         unknown = own.keys() - AdaptConfig.model_fields.keys()
         if unknown:
             known = ", ".join(AdaptConfig.model_fields)

@@ -155,7 +155,8 @@ def _score(
         {name: _joined(answers, [name] * len(folds), order) for name in inner} for answers in (p, said)
     )
     more = {"repeat": repeat[order], "fold": fold[order]}
-    rows, truth = rows[order], np.concatenate(targets)[order]
+    apart = [final.task.of_fold(some, i) for i, some in enumerate(targets)]
+    rows, truth = rows[order], np.concatenate(apart)[order]
     documents = _documents(folds, inner)
     result = evaluate(final, rows, truth, together, decisions, documents, best=best, single=single, more=more)
     first = said if final.task.metrics[0] in DECIDED else p  # what the first metric is of

@@ -41,7 +41,8 @@ def check_methods(config: FinetuneConfig, model: Encoders, classes: Sequence[str
             if adapt.method == "lora" and not lora_weights(tower, adapt.lora_targets):
                 raise UserError(no_weights(tower, adapt.lora_targets))
             layer_scales(tower, adapt.encoder_layer_decay)
-        if adapt.method == "contrastive" or adapt.class_prompts is not None:
+        texts = adapt.method == "contrastive" and config.task.type != "retrieval"
+        if texts or adapt.class_prompts is not None:
             class_texts(adapt, classes)  # others measure with them what the encoders still know
 
 

@@ -191,7 +191,12 @@ def trace(fused: Fused, predictor: Predictor) -> Any:
 
 
 def refuse_inputs(predictor: Predictor) -> None:
-    """Raise UserError for a head whose inputs no program makes."""
+    """Raise UserError for a task that no program answers, and for a head whose inputs none makes."""
+    if predictor.task.type == "retrieval":
+        raise UserError(
+            f"{predictor.run}: a program answers rows by themselves, and retrieval compares them; export the "
+            "encoders with --to open_clip or hf"
+        )
     if any(one.head.reads_inputs for one in predictor.saved):
         raise UserError(
             f"{predictor.run}: head '{predictor.head}' reads patch and word embeddings, which a program "

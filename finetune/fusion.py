@@ -22,6 +22,7 @@ from .late import Late, Stacking
 from .merged import Merged
 from .ordinal import Ordinal
 from .pooling import Pooled
+from .projection import Vectors
 
 __all__ = ["STAGES", "Features", "Head", "Late", "Present", "Standard", "build_head", "check_heads"]
 
@@ -254,7 +255,7 @@ def check_heads(
                 f"{MOST_WEIGHTS:,}; give a number, for instance {min(256, *widths.values())}"
             )
         compared = [w for k, w in widths.items() if k in ENCODED]
-        if head.op == "similarity" and len(set(compared)) > 1:
+        if (head.op == "similarity" or link == "vectors") and len(set(compared)) > 1:
             raise UserError(
                 f"heads.{name}: similarity compares embeddings of one width, and these have "
                 f"{' and '.join(map(str, compared))}; remove it"
@@ -274,6 +275,8 @@ def build_head(
     embedding as one token); ``pooled``: modalities of several vectors per row, which a head that reads no
     tokens pools; ``outputs``, ``link``: those of the task, the link by default softmax, or sigmoid
     of a single output. With the cumulative link it is a head of one output against ``outputs`` thresholds."""
+    if link == "vectors":
+        return Vectors(widths, project=config.op == "similarity")
     if link == "cumulative":
         return Ordinal(build_head(config, widths, 1, token_widths, "identity", pooled), outputs)
     head = _build(config, widths, outputs, token_widths, link)
@@ -290,6 +293,8 @@ def _build(
 ) -> Head:
     widths_of_tokens = {k: (token_widths or {}).get(k, width) for k, width in widths.items()}
     match config.op:
+        case "zero_shot":
+            raise AssertionError("zero_shot gives vectors alone")
         case "similarity":
             assert outputs == 1, "similarity has one output"
             return Similarity(widths)

@@ -8,10 +8,12 @@ from ..configs.load import StrictModel
 
 __all__ = ["OPTIONS", "STAGES", "HeadConfig", "Link"]
 
-Link = Literal["sigmoid", "softmax", "identity", "cumulative"]
-"""How logits become answers: yes or no each, one of many, numbers, or yes and no in a fixed order."""
+Link = Literal["sigmoid", "softmax", "identity", "cumulative", "vectors"]
+"""How logits become answers: yes or no each, one of many, numbers, yes and no in a fixed order, or vectors
+that are compared."""
 
 STAGES = {
+    "zero_shot": ("mid", "embedding"),
     "similarity": ("mid", "embedding"),
     "concat": ("mid", "embedding"),
     "weighted_sum": ("mid", "embedding"),
@@ -26,6 +28,7 @@ STAGES = {
 """Stage and level of each fusion operator, as docs/finetune.md defines them."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "zero_shot": {},
     "similarity": {},
     "concat": {"width": 256, "dropout": 0.1, "interactions": False},
     "weighted_sum": {"weights": "learned", "dropout": 0.1},

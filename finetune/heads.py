@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..configs.errors import UserError
@@ -17,8 +16,10 @@ from ..pretrain.model import Encoders
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
+from .fusion import Head
 from .joint import start_joint
 from .presence import Shown, logits_under
+from .projection import start_vectors
 from .retention import mean_retention, told
 from .saved import open_encoder, read_head, read_json, save_head
 from .search import search_head, search_key, told_search
@@ -138,14 +139,25 @@ def _fit_seed(
         live=live,
         device=session.model.device,
         log=record,
-        start=lambda new: start_joint(new, session.model),
+        start=lambda new: _start(new, session.model),
     )
+
+
+def _start(head: Head, model: Encoders) -> None:
+    """What a new head takes from the encoders."""
+    start_joint(head, model)
+    start_vectors(head, model)
 
 
 def _live(session: Session, model: Encoders, rows: Ints) -> LiveRows:
     limit, columns = session.config.data.max_pixels, session.columns.take(rows)
     return LiveRows(
-        model, session.rows.take(rows), limit, PictureReader(), columns if columns.index else None
+        model,
+        session.rows.take(rows),
+        limit,
+        PictureReader(),
+        columns if columns.index else None,
+        groups=session.features.take(rows).groups,
     )
 
 
@@ -163,7 +175,7 @@ def _document(
         parts.append(session.task.probabilities(logits))
         own = {"seed": seed, "best_epoch": got.best_epoch, "scale": got.scale, "shift": got.shift}
         seeds.append(own | got.facts)
-    p = np.mean(parts, axis=0)
+    p = session.task.averaged(parts)
     stage, level = head.stage
     targets = session.targets[inner_rows]
     return {
@@ -213,4 +225,4 @@ def head_answers(session: Session, name: str, rows: Ints, shown: Sequence[Shown]
         logits = logits_under(one.head.to(session.model.device), source, shown, batch_size=size)
         for found, own in zip(parts, logits, strict=True):
             found.append(session.task.probabilities(one.calibrated(own)))
-    return [np.mean(found, axis=0) for found in parts]
+    return [session.task.averaged(found) for found in parts]

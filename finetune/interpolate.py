@@ -60,7 +60,7 @@ def refit(earlier: Training, train: Part, inner: Part, note: dict[str, Any], *, 
     it they are initial ones, and the features' means and scales are taken anew.
     """
     head, adapt, tables = earlier.head, earlier.adapt, (frozen(train), frozen(inner))
-    again = Training(head, earlier.task, adapt, earlier.stopping, earlier.seed, earlier.log)
+    again = type(earlier)(head, earlier.task, adapt, earlier.stopping, earlier.seed, earlier.log)
     again.note = note
     again.count_on(earlier)
     if warm:

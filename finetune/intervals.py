@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..pretrain.statistics import CONFIDENCE, Interval, bootstrap_means, group_ids
+from .retrieval_metrics import hit_rate
 from .tasks import METRICS, Floats, Task, WeightedMetric, higher_is_better, predicted
 from .thresholds import DECIDED
 
@@ -61,6 +62,10 @@ def paired_intervals(
         exact = bootstrap_means(hits, groups, samples=samples, seed=seed)
         for name, interval in zip(names, exact, strict=True):
             scores[name]["accuracy"] = interval
+    bound = ((1 - CONFIDENCE) / 2) ** (1 / n_groups)
+    for one in scores.values():  # a hit rate of all or none is no certainty, see ``bootstrap_means``
+        for metric in filter(hit_rate, metrics):
+            one[metric] = _exact(one[metric], bound)
     if against is None:
         return scores, {}
     base = names.index(against)
@@ -75,6 +80,11 @@ def paired_intervals(
 
 def _values(prepared: list[list[WeightedMetric]], weights: Floats) -> list[list[float]]:
     return [[metric(weights) for metric in row] for row in prepared]
+
+
+def _exact(interval: Interval, bound: float) -> Interval:
+    low = bound if interval.value == 1 else interval.low
+    return Interval(interval.value, low, 1 - bound if interval.value == 0 else interval.high)
 
 
 def _interval(value: float, drawn: Floats) -> Interval:

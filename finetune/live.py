@@ -52,6 +52,8 @@ class LiveRows:
     reader: PictureReader
     columns: FeatureRows | None = None
     read: tuple[str, ...] | None = None
+    groups: Tensor | None = None
+    """Int64 [n] as in ``FeatureRows``."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,7 +67,7 @@ class LiveRows:
         """Embeddings of the rows; zeros where a modality is missing."""
         assert not tokens, "token features are not computed with gradients"
         numbers = rows.tolist()
-        features: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {} if self.groups is None else {"group": self.groups[rows]}
         present: dict[str, Tensor] = {}
         for k in self.modalities:
             items: list[Any] = [self.rows.cells[k][i] for i in numbers]
@@ -109,4 +111,4 @@ def encode_rows(rows: LiveRows, modalities: tuple[str, ...]) -> FeatureRows:
     item encoded once."""
     some = replace(rows.rows, declared={k: rows.rows.declared[k] for k in modalities}, groups=[])
     features, _ = extract(rows.model, some, max_pixels=rows.max_pixels)
-    return features
+    return replace(features, groups=rows.groups)

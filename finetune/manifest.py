@@ -90,7 +90,7 @@ def read_rows(config: LabelledDataConfig, task: TaskConfig) -> Rows:
     if table.damaged and config.on_error == "raise":
         more = f" ({len(table.damaged)} such samples)" if len(table.damaged) > 1 else ""
         raise UserError(f"{table.damaged[0]}{more}; mend it or set data.on_error=quarantine")
-    rows = parse_rows(table.columns, config, folder, source=table.name, target=task.target)
+    rows = parse_rows(table.columns, config, folder, source=table.name, target=task.columns)
     return replace(rows, damaged=tuple(table.damaged))
 
 

@@ -19,13 +19,17 @@ WeightedMetric = Callable[[Floats], float]
 Prepare = Callable[[Any, Floats], WeightedMetric]
 """Targets [n] or [n, L] and answers [n, C] to the metric of their rows."""
 BINS = 15
-UNITS = ("qwk", "rmse", "mae", "mae_ranks", "r2", "spearman")
+UNITS = (
+    "qwk", "rmse", "mae", "mae_ranks", "r2", "spearman", "image_to_text_median_rank",
+    "text_to_image_median_rank",
+)  # fmt: skip
 """Metrics that are no shares, so that a percent of them says nothing."""
 
 
 def higher_is_better(name: str) -> bool:
     """Whether more of a metric is better."""
-    return name not in ("loss", "brier", "ece", "rmse", "mae", "mae_ranks")
+    less = ("loss", "brier", "ece", "rmse", "mae", "mae_ranks")
+    return name not in less and not name.endswith("median_rank")
 
 
 def predicted(p: Floats) -> Ints:

@@ -83,8 +83,9 @@ def _seen(session: Session, rows: Ints) -> list[dict[str, NDArray[np.bool_]]]:
 
 def missing_answers(session: Session, name: str, rows: Ints) -> Floats:
     """Probabilities [S, n, C] of a saved head on the rows in each of the S scenarios; S is 0 for a head that
-    reads one modality and where there is one alone."""
-    if session.config.all_heads()[name].single or not scenarios(session.rows.modalities):
+    reads one modality, where there is one alone, and for retrieval, where a missing one asks for nothing."""
+    alone = session.config.all_heads()[name].single or session.task.type == "retrieval"
+    if alone or not scenarios(session.rows.modalities):
         return np.zeros((0, len(rows), 1))
     return np.stack(head_answers(session, name, rows, _seen(session, rows)))
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..configs.errors import UserError
 from ..pretrain.model import Encoders
+from ..pretrain.retrieval import top_k
 from .cells import PictureFolder
 from .columns import column_features, read_states
 from .config import LabelledDataConfig, ModalityConfig
@@ -30,6 +31,7 @@ from .sources import Form, read_source
 from .tables import Columns, LazyColumn, cells_of
 from .tasks import Floats, Task
 from .thresholds import decided
+from .vectors import halves
 
 __all__ = ["Predictor"]
 
@@ -124,8 +126,9 @@ class Predictor:
     ) -> list[Any]:
         """The answer for every row: the most probable class; of ordered classes the one that holds the
         middle of the probabilities; of two classes the positive one, and for multilabel a list of the labels,
-        from their ``thresholds`` on; for regression a float in the target's unit. See ``predict_proba`` for
-        what may be given."""
+        from their ``thresholds`` on; for regression a float in the target's unit; for retrieval the
+        cosine of the row's picture and text, NaN where one is missing. See ``predict_proba`` for what may be
+        given."""
         return self.named(self.of_rows(self._rows(table, root, format), progress=progress))
 
     def named(self, p: Floats) -> list[Any]:
@@ -151,8 +154,8 @@ class Predictor:
         outside ``root``), bytes, ``FOLDER#KEY`` or PIL images. Raises UserError for a picture that cannot be
         read, for a row without any modality, and for regression, which has no probabilities.
         """
-        if self.task.type == "regression":
-            raise UserError(f"{self.run}: regression has no probabilities; use predict")
+        if self.task.type in ("regression", "retrieval"):
+            raise UserError(f"{self.run}: {self.task.type} has no probabilities; use predict")
         rows = self._rows(table, root, format)
         return self.of_rows(rows, progress=progress)
 
@@ -179,6 +182,8 @@ class Predictor:
     ) -> tuple[Floats, Explanation]:
         """The answers [n, C] to parsed rows, and contributions to them with the values that they lead from
         and to, and the head's own weights of its modalities where it has them."""
+        if self.task.type == "retrieval":
+            raise UserError(f"{self.run}: a cosine has no contributions by modality; use predict")
         modalities = tuple(self.modalities)
         sets = coalitions(modalities)
         shown = [{k: np.full(len(rows), k in some) for k in modalities} for some in sets]
@@ -218,9 +223,12 @@ class Predictor:
         missing.
 
         Of heads that were trained with their encoders those of the first seed's: encoders of different seeds
-        have no common space. See ``predict_proba`` for what may be given.
+        have no common space. Of retrieval tasks what is compared instead: their inner product is the mean
+        over seeds of the cosines. See ``predict_proba`` for what may be given.
         """
         rows = self._rows(table, root, format)
+        if self.task.type == "retrieval":
+            return self._vectors(rows, progress)
         features = self._features(self._saved[0].encoder or self.run / "encoder", rows, None, progress)
         made: dict[str, NDArray[np.float32]] = {}
         for k, index in features.index.items():
@@ -228,6 +236,41 @@ class Predictor:
             made[k] = np.full((len(items), features.tables[k].shape[1]), np.nan, dtype=np.float32)
             made[k][items >= 0] = features.tables[k].cpu().numpy()[items[items >= 0]]
         return made
+
+    def _vectors(self, rows: Rows, progress: Progress) -> dict[str, NDArray[np.float32]]:
+        made: dict[str, NDArray[np.float32]] = {}
+        for k, half in zip(("image", "text"), halves(self.of_rows(rows, progress=progress)), strict=True):
+            missing = ~half.any(axis=1, keepdims=True)
+            made[k] = np.where(missing, np.nan, half).astype(np.float32)
+        return made
+
+    def search(
+        self,
+        queries: Any,
+        gallery: Any,
+        *,
+        k: int = 10,
+        root: str | Path | None = None,
+        progress: Progress = silent,
+    ) -> tuple[NDArray[np.int64], Floats]:
+        """The k best rows of a gallery for each query of a retrieval task, best first: row numbers int64 and
+        cosines float64, [q, k] each. Rows of one have pictures alone and of the other texts alone; see
+        ``predict_proba`` for what may be given.
+
+        Raises UserError for another task, and for tables of which it is not plain what is searched for.
+        """
+        if self.task.type != "retrieval":
+            raise UserError(f"{self.run} has no vectors to search by; fine-tune with task.type: retrieval")
+        found = [self.embed(table, root=root, progress=progress) for table in (queries, gallery)]
+        has = [{k: ~np.isnan(v).any(axis=1) for k, v in one.items()} for one in found]
+        for source, aim in (("image", "text"), ("text", "image")):
+            whole = has[0][source].all() and has[1][aim].all()
+            if whole and not has[0][aim].any() and not has[1][source].any():
+                values, places = top_k(found[0][source], found[1][aim], k)
+                return places, values
+        raise UserError(
+            "search: give queries of pictures alone and a gallery of texts alone, or the other way round"
+        )
 
     def evaluate(
         self,
@@ -278,7 +321,8 @@ class Predictor:
                 found.append(self.task.probabilities(one.calibrated(own)))
             if weights and self.has_weights:
                 weighed.append(weights_of(head, source, batch_size=BATCH))
-        return [np.mean(found, axis=0) for found in parts], np.mean(weighed, axis=0) if weighed else None
+        answers = [self.task.averaged(found) for found in parts]
+        return answers, np.mean(weighed, axis=0) if weighed else None
 
     def model(self, encoder: Path) -> Encoders:
         """The encoders in one of the folders ``encoders``, opened once."""

@@ -158,7 +158,7 @@ def page(runs: Sequence[RunFiles]) -> str:
             sections.append(finetune_sections(run.folder, run.results, run.rows))
             sections.append(missing_section(run.results))
             sections.append(fold_section(run.results) + search_section(run.results))
-            if run.results.get("heads"):
+            if run.results.get("heads") and run.results.get("type") != "retrieval":
                 from .report_answers import answer_sections  # torch and the towers, for pictures and gates
 
                 sections.append(answer_sections(run.folder, run.results))

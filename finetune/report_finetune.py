@@ -21,13 +21,15 @@ from .report_html import (
     tile,
 )
 from .report_protocol import protocol_note, threshold_note
+from .report_retrieval import retrieval_section
 from .verdict import no_verdict
 
 __all__ = ["finetune_sections", "finetune_tiles"]
 
 Json = Mapping[str, Any]
+BEST_SINGLE = "the best single modality"
 GAIN = (
-    "Gain: paired difference to the best single modality on the same rows, positive where the head is "
+    "Gain: paired difference to {over} on the same rows, positive where the head is "
     "better; a head is better only if the interval of its gain leaves out 0. The tinted head was chosen "
     "without the test rows."
 )
@@ -75,13 +77,14 @@ def finetune_tiles(results: Json) -> list[str]:
         return []
     best = _selected(heads, metric, results)
     tiles: list[str] = []
-    for name in [best, *(n for n in heads if _single(heads[n]) and n != best)]:
+    for name in [best, *(n for n in heads if (_single(heads[n]) or n == "zero_shot") and n != best)]:
         if name is None:
             continue
         score = dict(_mapping(heads[name]["metrics"][metric]))
         levels = ("chance", "majority") if metric == "accuracy" else ("chance",)
         score |= {k: results[k] for k in levels if k in results}
-        what = f"{name} alone" if _single(heads[name]) else f"fused: {name}"
+        kind = "head" if results.get("type") == "retrieval" else "fused"
+        what = f"{name} alone" if _single(heads[name]) else f"{kind}: {name}"
         note = f"{count(results.get('n_test'))} test rows"
         tiles.append(tile(f"{metric}, {what}", score, note, share=metric not in UNITS))
     return tiles
@@ -98,11 +101,13 @@ def finetune_sections(folder: Path, results: Json, epochs: Sequence[Json] = ()) 
     parts = [f"<h2>Fusion on {text(results.get('task', 'the task'))}</h2>"]
     if results.get("headline"):
         parts.append(f"<p>{text(results['headline'])}</p>")
-    for note in (protocol_note(results), threshold_note(results)):
+    for note in (results.get("note"), protocol_note(results), threshold_note(results)):
         parts.append(f"<p>{text(note)}</p>" if note else "")
     rows = f"{count(results.get('n_train'))} training rows, {count(results.get('n_test'))} test rows."
-    parts.append(f'<p class="soft">{rows} {GAIN}</p>')
+    over = "zero-shot, the encoders as they were," if results.get("type") == "retrieval" else BEST_SINGLE
+    parts.append(f'<p class="soft">{rows} {GAIN.format(over=over)}</p>')
     parts.append(_fusion_table(heads, metric, results))
+    parts.append(retrieval_section(results))
     chosen = _selected(heads, metric, results)
     charts = _reliability(heads, chosen, results)
     if chosen is not None:
@@ -139,7 +144,8 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
                 f"{number(head.get('seconds')):.1f} s" if number(head.get("seconds")) >= 0 else "-",
             ]
         )
-    head_row = ["head", metric, "interval; dashes: chance", "gain over best single", *others]
+    over = "zero-shot" if results.get("type") == "retrieval" else "best single"
+    head_row = ["head", metric, "interval; dashes: chance", f"gain over {over}", *others]
     chosen = _selected(heads, metric, results)
     best = ranked.index(chosen) if chosen is not None else None
     return table("", [*head_row, "parameters", "time"], rows, best=best)

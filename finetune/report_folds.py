@@ -29,6 +29,8 @@ def gain_tile(results: Json) -> list[str]:
     lines.append(f"{'points of ' if points else ''}{gain.get('metric')}, {gain.get('head')}")
     below = "".join(f"<span>{text(line)}</span>" for line in lines if line)
     name = f"fusion gain over {gain.get('against')} alone"
+    if results.get("type") == "retrieval":
+        name = "gain over zero-shot"
     return [f'<div class="tile"><span class="name">{text(name)}</span><b>{shown[0]}</b>{below}</div>']
 
 

@@ -13,6 +13,7 @@ from ..configs.files import temporary_beside
 from ..pretrain.statistics import Interval
 from .manifest import Rows
 from .metrics_more import defined_labels
+from .retrieval_results import guessing, rank_columns, retrieval_headline
 from .tasks import Floats, Ints, Task
 from .verdict import no_verdict
 
@@ -62,6 +63,8 @@ def _guessing(task: Task, targets: Any) -> dict[str, Any]:
     """``chance``, what the first metric is without knowledge: 1 / classes; the mean share of positives
     (multilabel); 0 (ordinal); the error of the best constant answer (regression). ``majority``: the share of
     the most frequent class. ``labels_scored``: labels with positive and negative rows, out of all."""
+    if task.type == "retrieval":
+        return guessing(targets)
     if task.type == "regression":
         return {"chance": float(targets.std())}
     if task.type == "multilabel":
@@ -77,12 +80,14 @@ def _plain(interval: Interval) -> dict[str, float | None]:
     return {k: v if v == v else None for k, v in interval.as_dict().items()}
 
 
-SHARES = ("accuracy", "macro_map")
+SHARES = ("accuracy", "macro_map", "mean_recall")
 """First metrics that are told in percent."""
 
 
 def headline(result: Mapping[str, Any]) -> str:
     """One sentence on the recommended head."""
+    if result["type"] == "retrieval":
+        return retrieval_headline(result)
     best = result["heads"][result["best"]]
     metric = next(iter(best["metrics"]))
     score = {key: told(value, metric) for key, value in best["metrics"][metric].items()}
@@ -129,13 +134,18 @@ def write_predictions(
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """``predictions.parquet``: for each head the probabilities [n, C] on the ``chosen`` rows, for regression
-    the answers; every number of results.json can be made again from them. ``more``: further columns [n]."""
+    the answers, for retrieval ranks (see ``rank_columns``); every number of results.json can be made again
+    from them. ``more``: further columns [n]."""
     table: dict[str, Any] = {
         "id": [rows.ids[i] for i in chosen],
         "group": [rows.groups[i] for i in chosen],
-        "target": _named_targets(task, targets[chosen]),
-        **(more or {}),
     }
+    if task.type != "retrieval":
+        table["target"] = _named_targets(task, targets[chosen])
+    table |= more or {}
+    if task.type == "retrieval":
+        table |= rank_columns(targets[chosen], p)
+        p = {}
     for name, got in p.items():
         if task.type == "regression":
             table[f"{name}:prediction"] = got[:, 0]

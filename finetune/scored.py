@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..configs.errors import UserError
-from .config import TaskConfig
+from .config import LabelledDataConfig, ModalityConfig, TaskConfig
 from .intervals import paired_intervals
+from .links import linked
 from .manifest import Rows, Splits, group_names
 from .tables import Columns
 from .targets import Targets, encode_targets
@@ -28,8 +29,13 @@ def score_table(
     group = info.get("group")
     numbers = [str(i) for i in range(len(rows))]  # ids may repeat here
     groups = group_names(columns[group], numbers) if group in columns else None
+    if task.type == "retrieval":
+        rows = _linked(info, columns, replace(rows, ids=numbers, groups=groups or numbers))
+        groups, targets = rows.groups, np.array(rows.targets)
+    else:
+        targets = _targets(task, info, columns, rows)
     scores, _ = paired_intervals(
-        _targets(task, info, columns, rows),
+        targets,
         {"head": p},
         task.metrics,
         groups,
@@ -45,8 +51,24 @@ def score_table(
     }
 
 
+def _linked(info: Mapping[str, Any], columns: Columns, rows: Rows) -> Rows:
+    """Rows whose targets and groups are those of a retrieval task."""
+    target = info["target"]
+    if target is not None and target not in columns:
+        raise UserError(f"{rows.source} has no column '{target}', the run's target; add it")
+    cells = [] if target is None else list(columns[target])
+    made = {k: ModalityConfig(column=c) for k, c in info["modalities"].items()}
+    data = LabelledDataConfig(manifest=rows.source, modalities=made)
+    return linked(replace(rows, targets=cells), TaskConfig(type="retrieval", target=target), data)
+
+
 def _targets(task: Task, info: Mapping[str, Any], columns: Columns, rows: Rows) -> Targets:
     """Targets of all rows in the run's classes; none is a training row."""
+    if info.get("makes_negatives"):
+        raise UserError(
+            f"{rows.source}: the run made the pairs that do not match itself, so no column tells them; use "
+            "predict and score its answers"
+        )
     target = info["target"] if isinstance(info["target"], str) else tuple(info["target"])
     names = (target,) if isinstance(target, str) else target
     for name in names:

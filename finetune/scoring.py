@@ -8,6 +8,7 @@ import numpy as np
 
 from ..configs.files import atomic_write_text
 from ..pretrain.statistics import Interval
+from .config import ENCODED
 from .heads import kept_thresholds
 from .intervals import paired_intervals
 from .results import SHARES, headline, make_results, write_predictions
@@ -39,6 +40,10 @@ def choose(task: Task, inner: Mapping[str, Mapping[str, float]], singles: Collec
     def score(name: str) -> tuple[float, float]:
         return sign * inner[name][task.primary], -inner[name]["loss"]
 
+    if task.type == "retrieval":  # the baseline is what the encoders do by themselves
+        return max(
+            (name for name in inner if name != "zero_shot"), key=score, default="zero_shot"
+        ), "zero_shot"
     fused = [name for name in inner if name not in singles] or list(inner)
     return max(fused, key=score), max((name for name in inner if name in singles), key=score)
 
@@ -48,6 +53,7 @@ def write_run(session: Session, heads: list[str], best: str) -> None:
     data = session.config.data
     document = {
         "task": session.task.type,
+        "makes_negatives": session.task.negatives is not None,
         "classes": list(session.task.classes),
         "target": session.config.task.target,
         "modalities": {
@@ -124,9 +130,25 @@ def evaluate(
         "checkpoint": config.model.name,
         "encoder_sha256": session.fingerprint,
     }
+    if task.negatives is not None:
+        result["note"] = _made_note(config.task.negatives, result)
     gain = fusion_gain(result)
     told: Json = {"headline": headline(result)} | ({"fusion_gain": gain} if gain else {})
     return {"task": config.name} | told | result
+
+
+def _made_note(negatives: int, result: Mapping[str, Any]) -> str:
+    """What the made pairs of a matching task mean for its scores, and a check that they do."""
+    alone = [
+        f"{name} {value:.3f}"
+        for name in ENCODED
+        if (value := result["heads"][name]["metrics"]["auroc"]["value"]) is not None
+    ]
+    share = "half" if negatives == 1 else f"{negatives} of {negatives + 1}"
+    return (
+        f"Of these rows {share} were made: each picture with the text of another. Either modality alone is "
+        f"at chance by construction, an AUROC of 0.5; found: {', '.join(alone)}."
+    )
 
 
 def rechosen(session: Session, rows: Ints, targets: Targets, p: Floats, single: Floats) -> Json:
@@ -167,8 +189,8 @@ def fusion_gain(result: Mapping[str, Any]) -> Json | None:
         of = versus["metric"]
         diff, low, high = (f"{value:+.4g}" for value in values)
     between = no_verdict(result) or f"95 % interval {low} to {high}"
-    text = (
-        f"Fusion gain over the best single modality ({versus['against']}): {diff} {of} ({between}), head "
-        f"{result['best']}."
-    )
+    over = f"Fusion gain over the best single modality ({versus['against']})"
+    if result["type"] == "retrieval":
+        over = "Gain over zero-shot"
+    text = f"{over}: {diff} {of} ({between}), head {result['best']}."
     return {"head": result["best"]} | dict(versus) | {"text": text}

@@ -27,11 +27,13 @@ from .features import FeatureRows, Progress, encoder_fingerprint, extract
 from .folds import Fold, inner_split, make_folds, strata_of
 from .fusion import check_heads
 from .journal import Journal
+from .links import linked
 from .manifest import Rows, Splits, read_rows, split_rows
+from .matching import with_negatives
 from .saved import device_of, save_encoder
 from .search_config import encoder_cost, import_optuna, trainings
 from .search_space import candidates
-from .targets import Targets, encode_targets
+from .targets import Targets, encode_targets, make_task
 from .tasks import Ints, Task
 from .unimodal import open_source
 
@@ -141,9 +143,10 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     """
     if config.search is not None:
         import_optuna()
-    task_metric = Task(config.task.type, ("0", "1")).check_metric(config.early_stopping.metric)
-    rows = read_rows(data_config(config), config.task)
+    task_metric = make_task(config.task, ("0", "1")).check_metric(config.early_stopping.metric)
+    rows = linked(read_rows(data_config(config), config.task), config.task, data_config(config))
     parts = plan(config, rows)
+    rows, parts = with_negatives(config, rows, parts)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
     if config.eval.folds is None and (folder / "folds").is_dir():

@@ -16,6 +16,8 @@ from .tasks import Task
 __all__ = ["Targets", "encode_targets", "make_task"]
 
 Targets = NDArray[Any]
+PAIR_CLASSES = ("0", "1")
+"""Of matching tasks: a pair that does not match, and one that does."""
 YES_NO = {"true": 1, "false": 0, "1": 1, "0": 0}
 
 
@@ -23,11 +25,13 @@ def encode_targets(
     rows: Rows, task: TaskConfig, splits: Splits, *, min_rows: int
 ) -> tuple[Targets, list[str]]:
     """Targets of all rows, as ``Task`` describes them, and the names of classes or labels. Binary: number 1
-    is the positive class.
+    is the positive class. Tasks of pairs: of rows as ``links.linked`` returns them.
 
     Raises UserError for empty cells and labels that are not of the task, classes with too few training rows,
     and classes of val or test that training does not have.
     """
+    if task.of_pairs:  # what ``links.linked`` made
+        return np.array(rows.targets, dtype=np.int64), list(PAIR_CLASSES) if task.type == "matching" else []
     if task.type == "regression":
         return _numbers(rows, task, splits), []
     if task.type == "multilabel":
@@ -58,6 +62,9 @@ def make_task(config: TaskConfig, classes: Sequence[str]) -> Task:
         weight = tuple(weight.get(name, 1.0) for name in classes)
         if not any(weight):
             raise UserError("task.class_weight: all classes have weight 0; give one of them more")
+    if config.type == "matching":
+        negatives = "hard" if config.hard_negatives else "random"
+        return Task("binary", PAIR_CLASSES, "none", config.focal_gamma, negatives=negatives)
     return Task(config.type, tuple(classes), weight, config.focal_gamma)
 
 
@@ -168,7 +175,7 @@ def _label_table(
                     )
                 targets[i, number[label]] = 1
     else:
-        classes = list(task.target)
+        classes = list(task.columns)
         targets = np.array(
             [_yes_no(cells, classes, f"{rows.source}: row {i + 1}") for i, cells in enumerate(rows.targets)],
             dtype=np.int64,

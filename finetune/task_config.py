@@ -6,16 +6,21 @@ from pydantic import Field, model_validator
 
 from ..configs.load import StrictModel
 
-__all__ = ["TaskConfig"]
+__all__ = ["OF_PAIRS", "TaskConfig"]
+
+OF_PAIRS = ("retrieval", "matching")
+"""Tasks whose tables hold pairs of pictures and texts that match."""
 
 
 class TaskConfig(StrictModel):
     """What is to be predicted."""
 
-    type: Literal["binary", "multiclass", "multilabel", "regression", "ordinal"]
-    target: str | tuple[str, ...] = "target"
+    type: Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval", "matching"]
+    target: str | tuple[str, ...] | None = "target"
     """Column of the labels. Multilabel: a column of lists, a column of text with a ``separator``, or several
-    columns of 0 and 1, whose names are the labels. Regression: a column of numbers."""
+    columns of 0 and 1, whose names are the labels. Regression: a column of numbers. Retrieval and matching:
+    by default none, a picture and a text match that stand in one row; else a column of names, and all
+    pictures and texts of rows with one name match."""
     positive: str | int | None = None
     """Binary only: the label that counts as positive; null for columns of 0 and 1 or true and false."""
     classes: tuple[str, ...] | None = None
@@ -30,9 +35,27 @@ class TaskConfig(StrictModel):
     focal_gamma: float = Field(default=0.0, ge=0)
     """Focal loss (Lin et al. 2017, arXiv 1708.02002): losses times (1 - p)^gamma, p the probability of the
     truth; 0 is off. Probabilities come out too timid, so calibrate them."""
+    negatives: int = Field(default=1, ge=1)
+    """Matching only: pairs that do not match, made per pair of the table in validation and test. With 1 the
+    classes are balanced."""
+    hard_negatives: bool = False
+    """Matching only: in training, pairs that do not match are drawn by how similar picture and text are
+    (ALBEF, Li et al. 2021, arXiv 2107.07651)."""
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether the rows of the table are pairs that match."""
+        return self.type in OF_PAIRS
+
+    @property
+    def columns(self) -> str | tuple[str, ...]:
+        """The target columns; an empty tuple for a task without any."""
+        return () if self.target is None else self.target
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.of_pairs and "target" not in self.model_fields_set:
+            object.__setattr__(self, "target", None)  # the default depends on the type
         if self.type == "binary" and self.classes is not None:
             raise ValueError("classes belongs to multiclass; for binary give positive")
         if self.type != "binary" and self.positive is not None:
@@ -45,12 +68,27 @@ class TaskConfig(StrictModel):
             raise ValueError("classes belongs to tasks with classes; remove it for regression")
         if self.separator is not None and (self.type != "multilabel" or not isinstance(self.target, str)):
             raise ValueError("separator belongs to multilabel with one text column; remove it")
+        self._check_pairs()
         self._check_columns()
         self._check_loss()
         return self
 
+    def _check_pairs(self) -> None:
+        if self.of_pairs:
+            if self.classes is not None:
+                raise ValueError(f"classes belongs to tasks with classes; remove it for {self.type}")
+            if self.class_weight != "none":
+                raise ValueError(
+                    f"class_weight: {self.type} has no classes; use data.weight for weights of rows"
+                )
+        elif self.target is None:
+            raise ValueError(f"target: {self.type} needs a column; name one")
+        if self.type != "matching" and (self.negatives != 1 or self.hard_negatives):
+            key = "hard_negatives" if self.hard_negatives else "negatives"
+            raise ValueError(f"{key} belongs to matching; remove it for {self.type}")
+
     def _check_columns(self) -> None:
-        if isinstance(self.target, str):
+        if self.target is None or isinstance(self.target, str):
             return
         if self.type != "multilabel":
             raise ValueError(f"target: {self.type} has one column; several are for multilabel")
@@ -66,7 +104,7 @@ class TaskConfig(StrictModel):
             for name, weight in self.class_weight.items():
                 if not 0 <= weight < float("inf"):
                     raise ValueError(f"class_weight.{name}: {weight} is no weight; give a number from 0 on")
-        if self.focal_gamma and self.type in ("regression", "ordinal"):
+        if self.focal_gamma and self.type in ("regression", "ordinal", "retrieval"):
             raise ValueError(
                 f"focal_gamma: {self.type} has no focal loss; it is for binary, multiclass and multilabel"
             )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import UserError
+from .head_config import Link
+from .links import GALLERY
 from .losses import ClassWeight, loss_weights, losses_of
 from .metrics import (
     BINARY,
@@ -29,6 +31,8 @@ from .metrics import (
     predicted,
 )
 from .metrics_more import MULTILABEL, REGRESSION
+from .retrieval_metrics import RETRIEVAL
+from .vectors import averaged, cosines, unit, vectors_loss
 
 __all__ = [
     "BINS",
@@ -44,22 +48,24 @@ __all__ = [
     "predicted",
 ]
 
-TaskType = Literal["binary", "multiclass", "multilabel", "regression", "ordinal"]
+TaskType = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
 METRICS_OF: dict[str, dict[str, Prepare]] = {
     "binary": BINARY,
     "multiclass": MULTICLASS,
     "multilabel": MULTILABEL,
     "regression": REGRESSION,
     "ordinal": ORDINAL,
+    "retrieval": RETRIEVAL,
 }
 METRICS: dict[str, Prepare] = BINARY | MULTICLASS
 """Metrics of binary and multiclass tasks by name; of any task: ``Task.prepare``."""
-LINKS: dict[str, Literal["sigmoid", "softmax", "identity", "cumulative"]] = {
+LINKS: dict[str, Link] = {
     "binary": "sigmoid",
     "multiclass": "softmax",
     "multilabel": "sigmoid",
     "regression": "identity",
     "ordinal": "cumulative",
+    "retrieval": "vectors",
 }
 
 
@@ -68,7 +74,9 @@ class Task:
     """What is predicted. ``classes``: their names in the order of the probabilities (binary: negative,
     positive; ordinal: from low to high; regression: none).
 
-    Targets are class numbers int64 [n], for multilabel 0 and 1 int64 [n, L], for regression float64 [n].
+    Targets are class numbers int64 [n], for multilabel 0 and 1 int64 [n, L], for regression float64 [n], for
+    retrieval the columns int64 [n, 4] of ``links``. Answers are probabilities; of retrieval, whose logits and
+    answers are vectors, see ``vectors``. A matching task is a binary one that makes its negatives.
     """
 
     type: TaskType
@@ -79,16 +87,19 @@ class Task:
     """Regression: mean of the training targets, once the task is fitted to them."""
     scale: float = 1.0
     """Regression: standard deviation of the training targets."""
+    negatives: Literal["random", "hard"] | None = None
+    """Matching: how training makes pairs that do not match; None for tasks whose table has them."""
 
     @property
     def outputs(self) -> int:
-        """Logits per row: 1 for binary and regression tasks, one per threshold for ordinal ones."""
+        """Logits per row: 1 for binary and regression tasks, one per threshold for ordinal ones; 0 where
+        heads give vectors."""
         if self.type in ("binary", "regression"):
             return 1
         return len(self.classes) - (self.type == "ordinal")
 
     @property
-    def link(self) -> Literal["sigmoid", "softmax", "identity", "cumulative"]:
+    def link(self) -> Link:
         """How logits become answers; heads that mix answers need it."""
         return LINKS[self.type]
 
@@ -144,6 +155,8 @@ class Task:
         """``probabilities`` of logits, in their dtype and with their gradient."""
         if self.type == "regression":
             return logits * self.scale + self.center
+        if self.type == "retrieval":
+            return unit(logits)
         if self.type == "multiclass":
             return logits.softmax(dim=1)
         if self.type == "multilabel":
@@ -155,8 +168,21 @@ class Task:
         above = torch.cat([one, greater, zero], dim=1)
         return (above[:, :-1] - above[:, 1:]).clamp_min(0)
 
+    def averaged(self, parts: Sequence[Floats]) -> Floats:
+        """Answers of several seeds as one."""
+        return averaged(parts) if self.type == "retrieval" else np.mean(parts, axis=0)
+
+    def of_fold(self, targets: Any, number: int) -> Any:
+        """Targets of a fold's test rows among those of other folds: retrieval searches in each by itself."""
+        if self.type != "retrieval":
+            return targets
+        return np.concatenate([targets[:, :GALLERY], np.full((len(targets), 1), number)], axis=1)
+
     def predicted(self, p: Floats) -> Any:
-        """Class numbers int64 [n]; multilabel: bool [n, L]; regression: the answers float64 [n]."""
+        """Class numbers int64 [n]; multilabel: bool [n, L]; regression: the answers float64 [n]; retrieval:
+        the cosine of each row's picture and text, NaN where one is missing."""
+        if self.type == "retrieval":
+            return cosines(p)
         if self.type == "regression":
             return p[:, 0]
         if self.type == "multilabel":
@@ -166,24 +192,27 @@ class Task:
     def named(self, p: Floats) -> list[Any]:
         """What is predicted per row, in the table's words: a class, a list of labels, or a number."""
         said = self.predicted(p)
-        if self.type == "regression":
+        if self.type in ("regression", "retrieval"):
             return [float(value) for value in said]
         if self.type == "multilabel":
             return [[self.classes[c] for c in np.flatnonzero(row)] for row in said]
         return [self.classes[c] for c in said]
 
     def log_loss(self, targets: Any, p: Floats) -> float:
-        """Mean negative log likelihood, for multilabel also over labels; regression: mean squared error."""
+        """Mean negative log likelihood, for multilabel also over labels; regression: mean squared error;
+        retrieval: InfoNCE at a fixed temperature."""
         if self.type == "regression":
             return float(((p[:, 0] - targets) ** 2).mean())
+        if self.type == "retrieval":
+            return vectors_loss(targets, p)
         if self.type == "multilabel":
             return float(-np.log(np.clip(np.where(targets == 1, p, 1 - p), 1e-12, 1)).mean())
         return log_loss(targets, p)
 
     def reliability(self, targets: Any, p: Floats) -> list[dict[str, float]]:
         """Per bin of the calibration error that holds something: mean ``confidence``, ``accuracy``, and the
-        share of rows (multilabel: of rows and labels). Empty for regression."""
-        if self.type == "regression":
+        share of rows (multilabel: of rows and labels). Empty for regression and retrieval."""
+        if self.type in ("regression", "retrieval"):
             return []
         if self.type == "multilabel":
             confidence, hit = p.ravel(), targets.ravel().astype(np.float64)

@@ -19,7 +19,9 @@ from .checks import Planned, faults
 from .config import FinetuneConfig
 from .features import Progress, silent
 from .folds import strata_of
+from .links import PICTURE, TEXT, linked
 from .manifest import Rows, Splits, parse_rows, read_manifest
+from .matching import with_negatives
 from .search_config import encoder_cost, import_optuna, trainings
 from .session import data_config, plan, too_many
 from .targets import encode_targets
@@ -30,6 +32,7 @@ __all__ = ["Finding", "same_words", "validate"]
 
 Json = dict[str, Any]
 EXAMPLES = 5
+CONTENT = {"different pictures": PICTURE, "different texts": TEXT}
 TEXT_BATCH = 1024
 Contents = Sequence[tuple[Hashable, ...]]
 """Of every row what it shows, by which it is compared with others."""
@@ -115,7 +118,7 @@ def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
         data = data.model_copy(update={"id": None})
         text = f"{len(repeated)} ids of column '{config.data.id}' stand on several rows; make them unique"
         findings.append(Finding("duplicate_id", True, text, tuple(repeated[:EXAMPLES])))
-    rows = parse_rows(columns, data, folder, source=table.name, target=config.task.target)
+    rows = parse_rows(columns, data, folder, source=table.name, target=config.task.columns)
     rows = replace(rows, damaged=tuple(table.damaged))
     if rows.damaged:
         fails = too_many(rows, len(rows.damaged)) or data.on_error == "raise"
@@ -123,7 +126,7 @@ def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
             f"{len(rows.damaged)} samples cannot be read, the first: {rows.damaged[0]}; mend or remove them"
         )
         findings.append(Finding("damaged_sample", fails, text, tuple(d.key for d in rows.damaged[:EXAMPLES])))
-    return replace(rows, ids=ids) if repeated else rows
+    return linked(replace(rows, ids=ids) if repeated else rows, config.task, data)
 
 
 Plan = list[tuple[str, Splits]]
@@ -154,6 +157,11 @@ def _faults(
 ) -> None:
     """What the run would refuse; a small class, which is told already, is not told twice."""
     small = any(finding.kind == "small_class" and finding.fails for finding in findings)
+    try:
+        rows, planned = with_negatives(config, rows, planned)
+    except UserError as error:
+        findings.append(Finding("negatives", True, str(error)))
+        return
     for kind, text in faults(config, rows, planned, broken).items():
         if not (small and kind == "targets"):
             findings.append(Finding(kind, True, text))
@@ -193,6 +201,8 @@ def _histogram(targets: Any, classes: Sequence[str]) -> Callable[[Ints], Json]:
         return lambda rows: dict(
             zip(classes, np.bincount(targets[rows], minlength=len(classes)).tolist(), strict=True)
         )
+    if targets.ndim == 2 and not classes:  # pairs
+        return lambda rows: {name: len(np.unique(targets[rows, column])) for name, column in CONTENT.items()}
     if targets.ndim == 2:
         return lambda rows: dict(zip(classes, (targets[rows] > 0.5).sum(axis=0).tolist(), strict=True))
 
@@ -223,7 +233,7 @@ def _small_classes(
     findings: list[Finding],
 ) -> None:
     """Classes without enough training rows in some fold, and those that some fold cannot test."""
-    if strata_of(targets) is None:
+    if strata_of(targets) is None or config.task.of_pairs:
         return
     needed, cv = config.data.min_class_rows, config.eval.folds
     dealt = {int(i) for _, s in parts for i in (*s.train, *s.inner, *s.test)}

@@ -7,7 +7,7 @@ found, is another number).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,18 @@ from torch import Tensor
 from ..data.text import canonical_caption
 from .statistics import Floats, Ints, Score, bootstrap_means
 
-__all__ = ["best_ranks", "hit_chance", "retrieval_scores", "top_k", "unique_captions"]
+__all__ = [
+    "Positives",
+    "best_ranks",
+    "hit_chance",
+    "ranks_among",
+    "retrieval_scores",
+    "top_k",
+    "unique_captions",
+]
+
+Positives = Callable[[slice], Tensor]
+"""Some queries to their positives, bool [q, g]."""
 
 KS = (1, 5, 10)
 _ELEMENTS = 1 << 20  # similarities held at once: 8 MiB in fp64
@@ -50,11 +61,19 @@ def best_ranks(queries: Any, gallery: Any, query_labels: Any, gallery_labels: An
     """Rank (from 0) of each query's best positive in the whole gallery, int64 [q].
 
     queries [q, D] and gallery [g, D] are normalised features; a gallery item is a positive if its label
-    equals the query's. Ties go to the lower gallery position, so a collapsed model scores as chance, not as
-    perfect. Works in chunks and never holds q x g similarities.
+    equals the query's. See ``ranks_among``.
+    """
+    q_labels, g_labels = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
+    return ranks_among(queries, gallery, lambda part: q_labels[part, None] == g_labels)
+
+
+def ranks_among(queries: Any, gallery: Any, positives: Positives) -> Ints:
+    """Rank (from 0) of each query's best positive in the whole gallery, int64 [q]; every query has one.
+
+    Ties go to the lower gallery position, so a collapsed model scores as chance, not as perfect. Works in
+    chunks and never holds q x g similarities.
     """
     query, items = _checked(queries, "queries"), _checked(gallery, "gallery")
-    q_labels, g_labels = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
     n = len(items)
     position = torch.arange(n)
     ranks = torch.empty(len(query), dtype=torch.int64)  # filled in place: small tensors kept between large
@@ -63,7 +82,7 @@ def best_ranks(queries: Any, gallery: Any, query_labels: Any, gallery_labels: An
     for start in range(0, len(query), step):
         part = slice(start, start + step)
         similar = _similarities(query[part], items)
-        positive = q_labels[part, None] == g_labels
+        positive = positives(part)
         assert bool(positive.any(1).all()), "a query has no positive in the gallery"
         best = similar.masked_fill(~positive, -math.inf).amax(1, keepdim=True)
         tied = similar == best
