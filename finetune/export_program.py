@@ -26,6 +26,7 @@ from .head import Head
 from .predictor import Predictor
 from .saved import SavedHead
 from .tables import Columns
+from .thresholds import has_thresholds
 from .tokens import image_tokens, project_text
 
 __all__ = [
@@ -231,9 +232,19 @@ def document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
         "preprocess": model.config["preprocess_cfg"],
         "tokenizer": model.tokenizer.name or "CLIP",
         "pad_id": model.tokenizer.pad_id,
+        "thresholds": _thresholds(predictor),
         "calibration": [{"scale": one.scale, "shift": one.shift} for one in predictor.saved],
         "columns": {k: state.model_dump(mode="json") for k, state in predictor.states.items()},
     }
+
+
+def _thresholds(predictor: Predictor) -> dict[str, float]:
+    """From which probability on the positive class, or each label, is said; empty for other tasks."""
+    if not has_thresholds(predictor.task.type):
+        return {}
+    labels = predictor.classes[1:] if predictor.task.type == "binary" else predictor.classes
+    limits = predictor.thresholds
+    return dict(zip(labels, limits if len(limits) > 1 else limits * len(labels), strict=True))
 
 
 def inputs_of(

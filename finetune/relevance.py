@@ -7,7 +7,7 @@ For heads on tokens it starts at what the head took of each token. Relevance is 
 evidence was read, not whether it was right; numbers of different modalities have no common scale.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from ..pretrain import lean_timm
 from ..pretrain.model import LoadedModel
 from ..pretrain.packing import pad_text
 from .cells import Picture, PictureReader
+from .columns import ColumnState, column_features
+from .config import ENCODED
 from .encoding import read_pixels
 from .explain import LEAST
 from .head import Head
@@ -54,10 +56,12 @@ class Relevance:
 
 @dataclass(frozen=True)
 class Member:
-    """A head of one seed with the encoders that it reads."""
+    """A head of one seed with the encoders that it reads. ``states``: how cells of modalities without encoder
+    become vectors."""
 
     saved: SavedHead
     model: LoadedModel
+    states: Mapping[str, ColumnState] = field(default_factory=dict[str, ColumnState])
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,11 @@ def relevance_of(
     max_pixels: int,
 ) -> list[Relevance]:
     """Relevance for every row, the mean over members. ``classes``: int64 [n], what is explained (see
-    ``explain.explained_class``). Pictures that cannot be read count as missing here."""
+    ``explain.explained_class``). Pictures that cannot be read count as missing here; of rows of several
+    pictures nothing is told."""
+    if any(declared.pool for declared in rows.declared.values()):
+        why = {k: "rows have several pictures" for k in ENCODED if k in rows.modalities}
+        return [Relevance(without=why)] * len(rows)
     out: list[Relevance] = []
     for start in range(0, len(rows), ROWS):
         chosen = np.arange(start, min(len(rows), start + ROWS))
@@ -186,7 +194,7 @@ def _of_member(
     assert isinstance(core, Head)
     seen, sides = Attended(), dict[str, _Side]()
     with torch.enable_grad(), seen:
-        features, present = _features(model, core, rows, max_pixels, seen, sides)
+        features, present = _features(member, core, rows, max_pixels, seen, sides)
         before = len(seen.maps)
         logits = member.saved.scale * head(features, present).double() + member.saved.shift
         own = seen.maps[before:]
@@ -231,12 +239,13 @@ def _relevance(side: _Side, value: Tensor, start: Tensor | None) -> tuple[Tensor
 
 
 def _features(
-    model: LoadedModel, head: Head, rows: Rows, max_pixels: int, seen: Attended, sides: dict[str, _Side]
+    member: Member, head: Head, rows: Rows, max_pixels: int, seen: Attended, sides: dict[str, _Side]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Features of rows with their graph, and fills ``sides``."""
-    features: dict[str, Tensor] = {}
-    present: dict[str, Tensor] = {}
-    for k in rows.modalities:
+    model = member.model
+    columns = column_features(rows, dict(member.states)).to(model.device)
+    features, present = columns.batch(torch.arange(len(rows))) if columns.index else ({}, {})
+    for k in (k for k in ENCODED if k in rows.modalities):
         side, there = _side(model, k, rows, max_pixels)
         present[k] = there.to(model.device)
         if k not in head.modalities:
@@ -271,10 +280,10 @@ def _side(model: LoadedModel, k: str, rows: Rows, max_pixels: int) -> tuple[_Sid
         tower = _image_tower(model.clip.visual) if k == "image" else _text_tower(model.clip.text)
     except NoAttention as error:
         why = str(error)
-    items: Sequence[Any] = rows.images if k == "image" else rows.texts
+    items = rows.cells[k]
     chosen = [i for i, item in enumerate(items) if item is not None]
     if k == "image":
-        pictures: list[Picture] = [items[i] for i in chosen]
+        pictures: list[Picture] = [items[i][0] for i in chosen]
         pixels, broken = read_pixels(model, pictures, PictureReader(), max_pixels)
         whole = [j for j, reason in enumerate(broken) if not reason]
         chosen, lengths = [chosen[j] for j in whole], [0] * len(whole)
