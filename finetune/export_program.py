@@ -28,6 +28,7 @@ from .head import Head
 from .predictor import Predictor
 from .saved import SavedHead, open_encoder
 from .tables import Columns
+from .thresholds import has_thresholds
 from .tokens import image_tokens, project_text
 
 __all__ = [
@@ -243,9 +244,19 @@ def document(predictor: Predictor, model: Encoders) -> dict[str, Any]:
         "classes": predictor.classes,
         "inputs": {name: shape for k in predictor.modalities for name, shape in shapes[k].items()},
         "output": f"float32 [b, {max(1, len(predictor.classes))}]",
+        "thresholds": _thresholds(predictor),
         "calibration": [{"scale": one.scale, "shift": one.shift} for one in predictor.saved],
         "columns": {k: state.model_dump(mode="json") for k, state in predictor.states.items()},
     }
+
+
+def _thresholds(predictor: Predictor) -> dict[str, float]:
+    """From which probability on the positive class, or each label, is said; empty for other tasks."""
+    if not has_thresholds(predictor.task.type):
+        return {}
+    labels = predictor.classes[1:] if predictor.task.type == "binary" else predictor.classes
+    limits = predictor.thresholds
+    return dict(zip(labels, limits if len(limits) > 1 else limits * len(labels), strict=True))
 
 
 def inputs_of(

@@ -101,8 +101,10 @@ class Predictor:
         return list(self._saved)
 
     def read_fold(self, folder: Path) -> list[SavedHead]:
-        """A head of this run's widths and task that is kept in another folder, as those of folds are."""
-        return read_head(folder, self._info["widths"], self._info["token_widths"], self.task)
+        """A head of this run's task that is kept in another folder, as those of folds are."""
+        info, columns = self._info, read_json(folder / "head.json").get("columns", {})
+        widths = info["widths"] | {k: state.width for k, state in read_states(columns).items()}
+        return read_head(folder, widths, info["token_widths"], self.task, info.get("pooled", ()))
 
     @property
     def encoders(self) -> list[Path]:
@@ -198,18 +200,30 @@ class Predictor:
         return answers[-1], Explanation(modalities, phi, *ends, named, weights)
 
     def relevance(
-        self, table: Any, *, of: str | None = None, root: str | Path | None = None
+        self,
+        table: Any,
+        *,
+        of: str | None = None,
+        format: Form | None = None,
+        root: str | Path | None = None,
     ) -> list[Relevance]:
         """Per row which patches of the picture and which words the answer rests on (attention times gradient,
         see ``relevance``), of what ``explain`` explains. Towers without attention tell nothing, and why. See
         ``predict_proba`` for what may be given; UserError also for an unknown class.
         """
-        rows = self._rows(table, root)
-        classes = explained_class(self.task, self.of_rows(rows), of)
+        rows = self._rows(table, root, format)
+        p = self.of_rows(rows)
+        known = p if self.task.type == "multilabel" else self._said(p)
+        classes = explained_class(self.task, known, of)
         members = [
-            Member(one, self.model(place)) for one, place in zip(self._saved, self.encoders, strict=True)
+            Member(one, self.model(place), self.states)
+            for one, place in zip(self._saved, self.encoders, strict=True)
         ]
         return relevance_of(members, self.task, rows, classes, max_pixels=self.max_pixels)
+
+    def weights_of(self, rows: Rows) -> Floats | None:
+        """The head's own weights of its modalities [n, M], the mean over seeds; None if it has none."""
+        return self._answers(rows, [{}], silent, weights=True)[1]
 
     def embed(
         self,

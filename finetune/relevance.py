@@ -7,7 +7,7 @@ For heads on tokens it starts at what the head took of each token. Relevance is 
 evidence was read, not whether it was right; numbers of different modalities have no common scale.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from ..pretrain import lean_timm
 from ..pretrain.model import Encoders
 from ..pretrain.packing import pad_text
 from .cells import Picture, PictureReader
+from .columns import ColumnState, column_features
+from .config import ENCODED
 from .encoding import read_pixels
 from .explain import LEAST
 from .head import Head
@@ -54,10 +56,12 @@ class Relevance:
 
 @dataclass(frozen=True)
 class Member:
-    """A head of one seed with the encoders that it reads."""
+    """A head of one seed with the encoders that it reads. ``states``: how cells of modalities without encoder
+    become vectors."""
 
     saved: SavedHead
     model: Encoders
+    states: Mapping[str, ColumnState] = field(default_factory=dict[str, ColumnState])
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,14 @@ def relevance_of(
     max_pixels: int,
 ) -> list[Relevance]:
     """Relevance for every row, the mean over members. ``classes``: int64 [n], what is explained (see
-    ``explain.explained_class``). Pictures that cannot be read count as missing here."""
+    ``explain.explained_class``). Pictures that cannot be read count as missing here; of rows of several
+    pictures nothing is told."""
+    if any(declared.pool for declared in rows.declared.values()):
+        why = {k: "rows have several pictures" for k in ENCODED if k in rows.modalities}
+        return [Relevance(without=why)] * len(rows)
+    if any(declared.pool for declared in rows.declared.values()):
+        why = "rows of several pictures are not followed into the encoders"
+        return [Relevance(without={k: why for k in ENCODED if k in rows.modalities}) for _ in rows.ids]
     out: list[Relevance] = []
     for start in range(0, len(rows), ROWS):
         chosen = np.arange(start, min(len(rows), start + ROWS))
@@ -186,7 +197,7 @@ def _of_member(
     assert isinstance(core, Head)
     seen, sides = Attended(), dict[str, _Side]()
     with torch.enable_grad(), seen:
-        features, present = _features(model, core, rows, max_pixels, seen, sides)
+        features, present = _features(member, core, rows, max_pixels, seen, sides)
         before = len(seen.maps)
         logits = member.saved.scale * head(features, present).double() + member.saved.shift
         own = seen.maps[before:]
@@ -231,12 +242,13 @@ def _relevance(side: _Side, value: Tensor, start: Tensor | None) -> tuple[Tensor
 
 
 def _features(
-    model: Encoders, head: Head, rows: Rows, max_pixels: int, seen: Attended, sides: dict[str, _Side]
+    member: Member, head: Head, rows: Rows, max_pixels: int, seen: Attended, sides: dict[str, _Side]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Features of rows with their graph, and fills ``sides``."""
-    features: dict[str, Tensor] = {}
-    present: dict[str, Tensor] = {}
-    for k in rows.modalities:
+    model = member.model
+    columns = column_features(rows, dict(member.states)).to(model.device)
+    features, present = columns.batch(torch.arange(len(rows))) if columns.index else ({}, {})
+    for k in (k for k in ENCODED if k in rows.modalities):
         side, there = _side(model, k, rows, max_pixels)
         present[k] = there.to(model.device)
         if k not in head.modalities:
@@ -271,10 +283,10 @@ def _side(model: Encoders, k: str, rows: Rows, max_pixels: int) -> tuple[_Side, 
         tower = _image_tower(model.clip.visual) if k == "image" else _text_tower(model.clip.text)
     except NoAttention as error:
         why = str(error)
-    items: Sequence[Any] = rows.images if k == "image" else rows.texts
+    items = rows.cells[k]
     chosen = [i for i, item in enumerate(items) if item is not None]
     if k == "image":
-        pictures: list[Picture] = [items[i] for i in chosen]
+        pictures: list[Picture] = [items[i][0] for i in chosen]
         pixels, broken = read_pixels(model, pictures, PictureReader(), max_pixels)
         whole = [j for j, reason in enumerate(broken) if not reason]
         chosen, lengths = [chosen[j] for j in whole], [0] * len(whole)
@@ -296,7 +308,7 @@ def _encoded(model: Encoders, head: Head, k: str, side: _Side) -> dict[str, Tens
     if k == "image":
         if head.reads_tokens:
             return {"image_tokens": project_image(model, model.patch_tokens(side.inputs))}
-        return {"image": F.normalize(_plain(clip.visual(side.inputs)), dim=-1)}
+        return {"image": _embedded(model, k, clip.visual(side.inputs))}
     longest, lengths = max(side.lengths), torch.tensor(side.lengths, device=model.device)
     mask = torch.arange(longest, device=model.device) < lengths[:, None]
     if head.reads_inputs:
@@ -304,11 +316,12 @@ def _encoded(model: Encoders, head: Head, k: str, side: _Side) -> dict[str, Tens
     if head.reads_tokens:
         tokens = project_text(clip.text, model.word_tokens(side.inputs))[:, :longest]
         return {"text_tokens": tokens, "text_mask": mask}
-    return {"text": F.normalize(_plain(clip.text(side.inputs)), dim=-1)}
+    return {"text": _embedded(model, k, clip.text(side.inputs))}
 
 
-def _plain(features: Any) -> Tensor:
-    return features[0] if isinstance(features, tuple) else features
+def _embedded(model: Encoders, k: str, found: Any) -> Tensor:
+    features: Tensor = found[0] if isinstance(found, tuple) else found
+    return F.normalize(features, dim=-1) if k in model.normalized else features
 
 
 def _values(task: Task, logits: Tensor, classes: Tensor | None) -> Tensor:

@@ -119,7 +119,7 @@ def confusion_section(found: Predictions, head: str) -> str:
     task = found.task
     if task.type == "multilabel":
         return ""
-    said: Ints = task.predicted(found.p[head])
+    said: Ints = task.predicted(found.decided(head))
     n = len(task.classes)
     seen = np.bincount(found.targets * n + said, minlength=n * n).reshape(n, n)
     title = f"<h3>Confusion of {text(head)}</h3>"

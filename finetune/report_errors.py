@@ -13,12 +13,13 @@ from PIL import Image
 from ..configs.errors import UserError
 from ..data.decode import DecodeError, eval_image
 from .cells import BrokenPicture, Picture, PictureReader
+from .columns import read_states
 from .manifest import Rows
 from .predictor import Predictor
 from .relevance import Member, Relevance, relevance_of, shares
 from .report_html import encoded, missing, text
 from .report_predictions import Predictions, Unreadable
-from .saved import read_json
+from .saved import open_encoder, read_json
 
 __all__ = ["Mistake", "error_section", "mistakes"]
 
@@ -62,11 +63,11 @@ def mistakes(found: Predictions, head: str, most: int = SHOWN) -> list[Mistake]:
             if p[i, 0] != truth[i]
         ]
     if task.type == "multilabel":
-        off = np.where((p >= 0.5) != (truth == 1), np.abs(p - truth), 0.0)[rows]
+        off = np.where((found.decided(head) == 1) != (truth == 1), np.abs(p - truth), 0.0)[rows]
         label = off.argmax(1)
         order = np.argsort(-off.max(1), kind="stable")[:most]
         return [_of_label(found, head, int(rows[j]), int(label[j])) for j in order if off[j].max() > 0]
-    said = task.predicted(p)
+    said = task.predicted(found.decided(head))
     wrong = rows[said[rows] != truth[rows]]
     sure = p[wrong, said[wrong]]
     if task.type == "ordinal":
@@ -87,7 +88,7 @@ def mistakes(found: Predictions, head: str, most: int = SHOWN) -> list[Mistake]:
 def _of_label(found: Predictions, head: str, i: int, c: int) -> Mistake:
     p, task = found.p[head], found.task
     names = [", ".join(task.classes[j] for j in np.flatnonzero(row)) or "no label" for row in
-             (found.targets[i] == 1, p[i] >= 0.5)]  # fmt: skip
+             (found.targets[i] == 1, found.decided(head)[i] == 1)]  # fmt: skip
     what = "is there" if found.targets[i, c] == 1 else "is not there"
     return Mistake(i, names[0], names[1], f"{task.classes[c]} {what}: probability {p[i, c]:.3f}", c)
 
@@ -109,12 +110,12 @@ def error_section(
     places = [number.get(found.ids[one.row]) for one in chosen]
     preprocess, reader, pictures = _preprocess(folder), PictureReader(), dict[int, Any]()
     for i in dict.fromkeys(place for place in places if place is not None):
-        pictures[i] = _seen(rows.images[i], preprocess, reader)
+        pictures[i] = _seen(rows.cells.get("image", [None] * len(rows))[i], preprocess, reader)
     seen = [i is not None and not isinstance(pictures[i], str) for i in places]
     told, notes = _relevance(folder, found, head, rows, chosen, places, seen)
     parts += [f'<p class="missing">{text(note)}</p>' for note in notes]
     for one, i, relevance in zip(chosen, places, told, strict=True):
-        words = None if i is None else rows.texts[i]
+        words = None if i is None or "text" not in rows.cells else rows.cells["text"][i]
         picture = None if i is None else pictures[i]
         gone = "" if i is not None else "The table has no such row any more."
         parts.append(_card(found, one, picture, words, gone, relevance))
@@ -125,18 +126,26 @@ def error_section(
 def _preprocess(folder: Path) -> dict[str, Any]:
     """How the run's encoders see pictures, so that patches lie where they were read."""
     try:
-        return read_json(folder / "encoder" / "open_clip_config.json")["preprocess_cfg"]
-    except (UserError, KeyError):
+        model = open_encoder(folder / "encoder")
+    except UserError:
         return {}
+    known = dict(model.config["preprocess_cfg"] or {})
+    if known.get("resize"):  # before a crop of the side that the encoder reads
+        known["resize"] = round(known["resize"] * SIDE / model.image_size)
+    return known
 
 
-def _seen(picture: Picture | None, preprocess: Mapping[str, Any], reader: PictureReader) -> Any:
-    """The picture as the model saw it, sharper; None where there is none, or why it cannot be shown."""
-    if picture is None:
+def _seen(
+    pictures: tuple[Picture, ...] | None, preprocess: Mapping[str, Any], reader: PictureReader
+) -> bytes | str | None:
+    """The row's first picture as the model saw it, sharper, as a JPEG; None where there is none, or why it
+    cannot be shown."""
+    if pictures is None:
         return None
-    known = {k: preprocess[k] for k in ("resize_mode", "interpolation", "fill_color") if k in preprocess}
+    names = ("resize_mode", "interpolation", "fill_color", "resize")
+    known = {k: preprocess[k] for k in names if k in preprocess}
     try:
-        pixels = eval_image(reader.read(picture), SIDE, **known)
+        pixels = eval_image(reader.read(pictures[0]), SIDE, **known)
     except (BrokenPicture, DecodeError, UserError) as error:
         return f"The picture cannot be shown: {' '.join(str(error).split())[:120]}."
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), mode="RGB")
@@ -190,14 +199,15 @@ def _members(
 ) -> list[Member]:
     """The models that made a fold's answers."""
     if fold is None or found.repeat is None:
-        saved, places = predictor.saved, predictor.encoders
+        saved, places, states = predictor.saved, predictor.encoders, predictor.states
     else:
         place = folder / "folds" / f"repeat_{int(found.repeat.min())}" / f"fold_{fold}" / "heads" / head
-        if read_json(place / "head.json").get("adapt", {}).get("method") != "linear_probe":
+        document = read_json(place / "head.json")
+        if document.get("adapt", {}).get("method") != "linear_probe":
             raise Unreadable("the encoders that were trained in the folds are not kept")
         saved = predictor.read_fold(place)
-        places = [folder / "encoder"] * len(saved)
-    return [Member(one, predictor.model(path)) for one, path in zip(saved, places, strict=True)]
+        places, states = [folder / "encoder"] * len(saved), read_states(document.get("columns", {}))
+    return [Member(one, predictor.model(path), states) for one, path in zip(saved, places, strict=True)]
 
 
 def _card(

@@ -1,7 +1,7 @@
 """The answers that a fine-tuning run left in ``predictions.parquet``, as the report reads them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .tasks import Floats, Ints, Task
+from .thresholds import decided, has_thresholds
 
 __all__ = ["Predictions", "Unreadable", "read_predictions"]
 
@@ -35,6 +36,12 @@ class Predictions:
     p: dict[str, Floats]
     repeat: Ints | None
     fold: Ints | None
+    limits: dict[str, Floats] = field(default_factory=dict[str, Floats])
+    """From which probability on labels are said, per head [n, 1] or [n, labels]; no entry: one half."""
+
+    def decided(self, head: str) -> Floats:
+        """What a head says, as probabilities of 0 and 1 (see ``thresholds.decided``)."""
+        return decided(self.task, self.p[head], self.limits.get(head, np.full((1, 1), 0.5)))
 
 
 def read_predictions(folder: Path, results: Mapping[str, Any]) -> Predictions:
@@ -45,14 +52,17 @@ def read_predictions(folder: Path, results: Mapping[str, Any]) -> Predictions:
     try:
         columns = _columns(path)
         task = Task(results["type"], tuple(map(str, results["classes"])))
+        repeat, fold = _numbers(columns.get("repeat")), _numbers(columns.get("fold"))
+        names = list(map(str, results["heads"]))
         return Predictions(
             task,
             [str(cell) for cell in columns["id"]],
             [str(cell) for cell in columns["group"]],
             _targets(task, columns["target"]),
-            {str(name): _answers(task, columns, str(name)) for name in results["heads"]},
-            _numbers(columns.get("repeat")),
-            _numbers(columns.get("fold")),
+            {name: _answers(task, columns, name) for name in names},
+            repeat,
+            fold,
+            _limits(task, results, names, repeat, fold, len(columns["id"])),
         )
     except (KeyError, TypeError, ValueError, pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
@@ -65,6 +75,34 @@ def _columns(path: Path) -> dict[str, list[Any]]:
 
 def _numbers(cells: list[Any] | None) -> Ints | None:
     return None if cells is None else np.array(cells, dtype=np.int64)
+
+
+def _limits(
+    task: Task,
+    results: Mapping[str, Any],
+    names: Sequence[str],
+    repeat: Ints | None,
+    fold: Ints | None,
+    n: int,
+) -> dict[str, Floats]:
+    """The thresholds of every head and row: of a cross-validation those of the row's fold."""
+    if not has_thresholds(task.type):
+        return {}
+    labels = task.classes[1:] if task.type == "binary" else task.classes
+    made = {name: np.full((n, len(labels)), 0.5) for name in names}
+    if repeat is None or fold is None:
+        parts: list[tuple[Any, Any]] = [(np.ones(n, dtype=bool), results.get("threshold"))]
+    else:
+        parts = [
+            ((repeat == part.get("repeat")) & (fold == part.get("fold")), part.get("threshold"))
+            for part in results.get("folds", [])
+        ]
+    for rows, found in parts:
+        heads = found.get("heads", {}) if isinstance(found, dict) else {}
+        for name in names:
+            if name in heads:
+                made[name][rows] = [float(heads[name][label]) for label in labels]
+    return made
 
 
 def _targets(task: Task, cells: list[Any]) -> Any:

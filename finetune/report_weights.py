@@ -66,11 +66,10 @@ def _weights(predictor: Predictor, rows: Rows | None) -> Floats | None:
     if isinstance(head.inner if isinstance(head, Ordinal) else head, Gated):
         if rows is None:
             return None
-        cells = [rows.images, rows.texts]
-        whole = [i for i in range(len(rows)) if all(part[i] is not None for part in cells)]
+        whole = [i for i in range(len(rows)) if all(cells[i] is not None for cells in rows.cells.values())]
         if not whole:
             return None
-        return predictor.explain_rows(rows.take(np.array(whole)))[1].weights
+        return predictor.weights_of(rows.take(np.array(whole)))
     anything = FeatureRows({}, {k: torch.zeros(1, dtype=torch.int64) for k in predictor.modalities})
     return np.mean([weights_of(one.head, anything, batch_size=1) for one in predictor.saved], axis=0)
 

@@ -381,6 +381,8 @@ def test_programs_of_other_towers_and_tasks(
     trained = build_head(head, dict.fromkeys(modalities, 24), task.outputs, tokens, task.link).eval()
     info = {"task": task.type, "classes": list(task.classes), "modalities": modalities}
     info |= {"id": None, "max_pixels": 10**6}
+    (run / "heads" / "head").mkdir(parents=True)
+    (run / "heads" / "head" / "head.json").write_text("{}")
     saved = [SavedHead(trained, 3.0, 1.0, None)]
     predictor = Predictor(run, info, "head", saved, torch.device("cpu"))
     found = write_program(predictor, tmp_path, quiet)

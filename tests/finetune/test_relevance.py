@@ -15,6 +15,7 @@ from diptych.finetune.cells import Picture
 from diptych.finetune.config import HeadConfig
 from diptych.finetune.fusion import build_head
 from diptych.finetune.manifest import Rows
+from diptych.finetune.modality_config import ModalityConfig
 from diptych.finetune.predictor import Predictor
 from diptych.finetune.relevance import Member, Relevance, relevance_of
 from diptych.finetune.saved import SavedHead, write_encoder
@@ -57,7 +58,9 @@ def grey_but(row: int, column: int) -> Picture:
 
 
 def rows_of(pictures: list[Picture | None], texts: list[str | None]) -> Rows:
-    return Rows("t", [str(i) for i in range(len(texts))], ("image", "text"), pictures, texts, [], [], [])
+    declared = {"image": ModalityConfig(column="i"), "text": ModalityConfig(column="t")}
+    cells: dict[str, list[Any]] = {"image": [p and (p,) for p in pictures], "text": list(texts)}
+    return Rows("t", [str(i) for i in range(len(texts))], declared, cells)
 
 
 def told(model: LoadedModel, rows: Rows, op: str = "concat", task: Task = BINARY) -> list[list[Relevance]]:
@@ -196,6 +199,8 @@ def test_a_predictor_tells_it_for_rows_as_they_come(tmp_path: Path) -> None:
     head = build_head(HeadConfig(op="gated"), {"image": 12, "text": 12}, 1).eval()
     info: dict[str, Any] = {"task": "binary", "classes": ["0", "1"], "id": None, "max_pixels": 10**6}
     info |= {"modalities": {"image": "photo", "text": "title"}}
+    (tmp_path / "heads" / "gated").mkdir(parents=True)
+    (tmp_path / "heads" / "gated" / "head.json").write_text("{}")
     saved = [SavedHead(head, 1.0, 0.0, None)] * 2
     predictor = Predictor(tmp_path, info, "gated", saved, torch.device("cpu"))
     data = grey_but(3, 3).data

@@ -16,6 +16,7 @@ from diptych.finetune.cells import Picture
 from diptych.finetune.config import HeadConfig
 from diptych.finetune.fusion import build_head
 from diptych.finetune.manifest import Rows
+from diptych.finetune.modality_config import ModalityConfig
 from diptych.finetune.report import write_report
 from diptych.finetune.report_curves import confusion_section, curve_section, residual_section
 from diptych.finetune.report_errors import mistakes
@@ -55,7 +56,7 @@ KINDS: list[TaskType] = ["binary", "multiclass", "multilabel", "ordinal", "regre
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_come_back_as_they_were_written(kind: TaskType, tmp_path: Path) -> None:
     made = answers(kind)
-    rows = Rows("t", made.ids, ("image",), [None] * 60, [None] * 60, [], made.groups, [])
+    rows = Rows("t", made.ids, {}, {}, groups=made.groups)
     write_predictions(tmp_path, made.task, rows, made.targets, np.arange(60), made.p)
     results = {"type": kind, "classes": list(made.task.classes), "heads": {"head": {}, "image": {}}}
     got = read_predictions(tmp_path, results)
@@ -160,6 +161,28 @@ def test_the_surest_errors(kind: TaskType) -> None:
         assert mistakes(Predictions(made.task, made.ids, made.groups, truth, right, None, None), "head") == []
 
 
+def test_errors_and_confusion_are_those_of_the_rows_own_thresholds(tmp_path: Path) -> None:
+    """Of two folds the second says yes from 0.9 on."""
+    made = answers("binary")
+    rows = Rows("t", made.ids, {}, {}, groups=made.groups)
+    fold = np.arange(60) % 2
+    more = {"repeat": np.zeros(60, dtype=np.int64), "fold": fold}
+    write_predictions(tmp_path, made.task, rows, made.targets, np.arange(60), made.p, more)
+    folds = [
+        {"repeat": 0, "fold": f, "threshold": {"heads": {"head": {"yes": t}, "image": {"yes": t}}}}
+        for f, t in enumerate((0.5, 0.9))
+    ]
+    results = {"type": "binary", "classes": ["no", "yes"], "heads": {"head": {}, "image": {}}, "folds": folds}
+    got = read_predictions(tmp_path, results)
+    said = (got.p["head"][:, 1] >= np.where(fold == 0, 0.5, 0.9)).astype(int)
+    page = parsed(confusion_section(got, "head"), tmp_path)
+    counts = [int(w) for w in page.words if w.strip().isdigit()]
+    assert counts == confusion_matrix(made.targets, said).ravel().tolist()
+    wrong = np.flatnonzero(said != made.targets)
+    assert {one.row for one in mistakes(got, "head", 60)} == set(wrong.tolist())
+    assert all(one.said == got.task.classes[said[one.row]] for one in mistakes(got, "head", 60))
+
+
 EVIL = "<script>alert(1)</script>\"onerror='x & y"
 HEADS = "{gated: {op: gated, width: 8}, learned: {op: late, rule: learned}}"
 
@@ -254,7 +277,8 @@ def test_learned_weights_and_gates(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run | {"heads": list(options), "best": "sum"}))
     pictures: list[Any] = [Picture(data=squares.square(name, 0)) for name in squares.NAMES[:4]]
     texts: list[Any] = ["red", "blue", None, "gold"]
-    rows = Rows("t", list("abcd"), ("image", "text"), pictures, texts, [], [], [])
+    declared = {"image": ModalityConfig(column="i"), "text": ModalityConfig(column="t")}
+    rows = Rows("t", list("abcd"), declared, {"image": [(p,) for p in pictures], "text": texts})
     page = parsed(weight_section(tmp_path, rows), tmp_path)
     assert "gates median and 5 to 95 % of 3 rows" in page.text
     assert "sum the same for all rows image 0.88 text 0.12" in page.text  # softmax of 2 and 0
