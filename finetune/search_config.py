@@ -111,7 +111,9 @@ def check_search(config: "FinetuneConfig") -> None:
     if search is None:
         return
     if not names:
-        raise ValueError("search: all heads train encoders; set search.encoders: true, or remove search")
+        raise ValueError(
+            "search: all heads train encoders, or nothing; set search.encoders: true, or remove search"
+        )
     spaces = {name: space_of(config, name) for name in names}
     for key, values in search.space.items():
         taking = [name for name in names if key in spaces[name]]

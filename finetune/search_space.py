@@ -98,7 +98,7 @@ def _takes(config: "FinetuneConfig", head: HeadConfig, adapt: AdaptConfig, key: 
     if key == "label_smoothing":
         return config.task.type != "regression"
     if key == "modality_dropout":
-        return not head.single and len(config.data.modalities) > 1
+        return not head.single and len(config.data.modalities) > 1 and config.task.type != "retrieval"
     if key.startswith("lora_"):
         return adapt.method == "lora"
     return adapt.tunes_encoders or not key.startswith("encoder_")
@@ -142,8 +142,8 @@ def settings_of(head: HeadConfig, adapt: AdaptConfig, keys: Sequence[str]) -> di
 
 
 def is_searched(config: "FinetuneConfig", name: str) -> bool:
-    """Whether the settings of a head are searched."""
-    if config.search is None:
+    """Whether the settings of a head are searched: those of encoders as they are have nothing to train."""
+    if config.search is None or config.all_heads()[name].op == "zero_shot":
         return False
     return config.search.encoders or not config.adapt_of(name).tunes_encoders
 

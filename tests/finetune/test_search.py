@@ -23,7 +23,9 @@ from diptych.finetune.predictor import Predictor
 from diptych.finetune.report import write_report
 
 from .fold_runs import HEADS, NAMES, permuted, pieces
-from .labelled import write_config, write_task
+from .labelled import write_config, write_csv, write_task
+from .pair_runs import COLUMNS as PAIRS
+from .pair_runs import pair_rows, run_pairs, write_pairs
 from .runs import finetune, timeless
 
 WORDS = ("eval.cv={folds: 2}", "eval.seeds=[0, 1]", "search={trials: 3}")
@@ -282,3 +284,23 @@ def test_heads_that_train_encoders_are_searched_if_asked_for(
     finetune(tmp_path, "eval.seeds=[0]", "search={trials: 2}")
     assert json.loads((place / "results.json").read_text())["search"]["as_written"] == ["tuned"]
     write_report([place])
+
+
+@pytest.mark.parametrize(
+    ("task", "heads", "as_written"),
+    [("retrieval", "[similarity]", ["zero_shot"]), ("matching", "[late]", [])],
+)
+def test_heads_of_pairs_are_searched_but_not_encoders_as_they_are(
+    task: str, heads: str, as_written: list[str], tmp_path: Path
+) -> None:
+    write_pairs(tmp_path)
+    rows = pair_rows(tmp_path)
+    rows[3][2] = "" if task == "retrieval" else rows[3][2]
+    write_csv(tmp_path / "pairs.csv", rows, PAIRS)
+    words = ("search={trials: 2}", "eval.seeds=[0]")
+    results = run_pairs(tmp_path, f"{{type: {task}}}", *words, heads=heads, epochs=2)
+    assert results["search"]["as_written"] == as_written
+    for name, [entry] in results["search"]["heads"].items():
+        assert len(trials_of(tmp_path / "run", name)) == 2
+        assert ("modality_dropout" in entry["settings"]) == (name in ("concat", "late"))
+    write_report([tmp_path / "run"])

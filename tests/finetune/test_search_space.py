@@ -102,7 +102,10 @@ def config_of(folder: Path, *words: str) -> FinetuneConfig:
             ],
             "search.space: leaves nothing to search of s",
         ),
-        (["adapt.method=lp_ft", "heads=[concat]"], "all heads train encoders; set search.encoders: true"),
+        (
+            ["adapt.method=lp_ft", "heads=[concat]"],
+            "all heads train encoders, or nothing; set search.encoders: true",
+        ),
     ],
 )
 def test_mistakes_end_with_one_sentence(
@@ -136,7 +139,9 @@ def test_keys_of_heads_and_of_adapt_do_not_collide() -> None:
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel", "regression"])
 @pytest.mark.parametrize("adapt", ["{}", "{method: lora}", "{method: lp_ft}"])
 def test_the_default_space_fits_every_head(task: str, adapt: str, tmp_path: Path) -> None:
-    heads = {op: {"op": op} for op in OPTIONS if op != "similarity" or task in ("binary", "regression")}
+    heads = {op: {"op": op} for op in OPTIONS if op not in ("similarity", "zero_shot")}
+    if task in ("binary", "regression"):
+        heads["similarity"] = {"op": "similarity"}
     heads["odd"] = {"op": "merged", "width": 100, "heads": 5}
     heads["full"] = {"op": "bilinear", "rank": "full"}
     frozen = {"adapt": {"method": "linear_probe"}}
