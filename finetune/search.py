@@ -221,8 +221,14 @@ class _Journal:
         row: Json = {"head": self._name, **self._where, "trial": number, "settings": trial.settings}
         row |= {"inner": trial.inner, "seconds": trial.seconds, "key": self._key}
         self._lines.append(json.dumps(row) + "\n")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self.path, "".join(self._lines))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.path, "".join(self._lines))
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror or error}); make room, then start the same "
+                "command"
+            ) from error
 
     def _read(self) -> None:
         try:

@@ -323,3 +323,9 @@ def test_damaged_trials_are_told_with_the_mend(damage: Any, said: str, tmp_path:
     assert str(path) in str(error.value)
     assert said in str(error.value)
     assert str(error.value).endswith("remove it, and the search of concat starts anew")
+
+
+def test_trials_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    (tmp_path / "search").write_text("in the way")
+    with pytest.raises(UserError, match=r"trials.jsonl cannot be written \(.*\); make room"):
+        found(config_of(tmp_path, "search.trials=2"), tmp_path, "concat", made_up)
