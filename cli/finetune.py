@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 from typing import Any
 
@@ -11,6 +13,7 @@ EPILOG = """example:
   diptych finetune configs/demo/finetune_match.yaml
   diptych finetune configs/demo/finetune_match.yaml heads='[concat, bilinear]' eval.seeds='[0]' out=runs/quick
   diptych finetune configs/demo/finetune_match.yaml --validate
+  torchrun --standalone --nproc-per-node 2 -m diptych.finetune configs/demo/finetune_match.yaml
 
 The same command goes on where it stopped: finished heads are kept as long as their settings and data are."""
 
@@ -55,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     from ..finetune.protocol import finetune, run_folder
     from .progress import progress
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # how a launcher ends the others when one has ended
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = finetune(config, progress=progress, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     console = _console()
     print_results(result, console)
     folder = run_folder(config)

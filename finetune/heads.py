@@ -2,28 +2,43 @@
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..configs.files import atomic_write_text
+from ..pretrain import distributed
 from ..pretrain.model import LoadedModel
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
-from .fusion import STAGES
+from .fusion import STAGES, build_head
 from .joint import start_joint
+from .piece import Piece
 from .presence import Shown, logits_under
 from .retention import mean_retention, told
 from .saved import open_encoder, read_head, read_json, save_head
 from .session import Session
 from .tasks import Floats, Ints
+from .training import below
 
-__all__ = ["head_answers", "head_probabilities", "history_of", "kept_inner", "train_head"]
+__all__ = [
+    "finished",
+    "head_answers",
+    "head_probabilities",
+    "history_of",
+    "kept_inner",
+    "piece_of",
+    "train_head",
+    "train_seed",
+]
 
 Json = dict[str, Any]
 
@@ -32,15 +47,11 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
     """Train a head with every seed and save it, unless that was done before."""
     config, folder, journal = session.config, session.head_folder(name), session.journal
     adapt = config.adapt_of(name)
-    asked = [head, adapt, config.early_stopping, config.eval.calibration]
-    text = json.dumps(
-        [part if isinstance(part, str) else part.model_dump() for part in asked], sort_keys=True
-    )
-    key = hashlib.sha256(f"{session.data_key}{text}{list(config.eval.seeds)}".encode()).hexdigest()
     history = history_of(session, name)
     fold = session.fold
     label = f"repeat {fold.repeat}, fold {fold.fold}, {name}" if fold else name
-    if (folder / "head.json").is_file() and read_json(folder / "head.json").get("key") == key:
+    if finished(session, name):
+        remove_pieces(session, name)
         journal.keep(history)
         say(f"{label}: kept from before")
         return
@@ -49,6 +60,7 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
     members: list[tuple[int, Fitted]] = []
     where = {"repeat": fold.repeat, "fold": fold.fold} if fold else {}
     total = len(config.eval.seeds) * adapt.most_epochs
+    costly = adapt.tunes_encoders or head.reads_tokens
     with session.progress(f"training {label}", total) as advance:
         for seed in config.eval.seeds:
 
@@ -56,7 +68,9 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
                 rows.append(journal.log(name, where | {"seed": seed} | row))
                 advance(1)
 
-            members.append((seed, _fit_seed(session, head, adapt, seed, record)))
+            got, before = train_seed(session, name, seed, record, keep=costly)
+            members.append((seed, got))
+            begun -= before
     if adapt.soup != "none":
         inner = session.part(session.splits.inner)
         stopping, scaling = config.early_stopping, config.eval.calibration
@@ -64,11 +78,87 @@ def train_head(session: Session, name: str, head: HeadConfig, say: Callable[[str
             members, adapt, stopping, inner, lambda m: _live(session, m, session.splits.inner), scaling
         )
     seconds = time.perf_counter() - begun
-    document: Json = _document(session, name, head, adapt, members) | {"key": key, "seconds": seconds}
+    document: Json = _document(session, name, head, adapt, members)
+    document |= {"key": _key(session, name), "seconds": seconds}
     save_head(folder, document, [(seed, got.head, got.model) for seed, got in members])
     atomic_write_text(history, "".join(json.dumps(row) + "\n" for row in rows))
+    remove_pieces(session, name)
     score = document["inner"][session.task.primary]
     say(f"{label}: inner {session.task.primary} {score:.3f}, {seconds:.1f} s{told(document)}")
+
+
+def _key(session: Session, name: str) -> str:
+    """Hash of what a head's training depends on."""
+    config = session.config
+    asked = [config.all_heads()[name], config.adapt_of(name), config.early_stopping, config.eval.calibration]
+    text = json.dumps(
+        [part if isinstance(part, str) else part.model_dump() for part in asked], sort_keys=True
+    )
+    return hashlib.sha256(f"{session.data_key}{text}{list(config.eval.seeds)}".encode()).hexdigest()
+
+
+def finished(session: Session, name: str) -> bool:
+    """Whether a head was trained before, with the same settings and data, and saved."""
+    document = session.head_folder(name) / "head.json"
+    return document.is_file() and read_json(document).get("key") == _key(session, name)
+
+
+def piece_of(session: Session, name: str, seed: int, *, writes: bool = True) -> Piece:
+    """Where a head's training with one seed is kept until the head is saved."""
+    folder = session.place / "training" / name / f"seed_{seed}"
+    return Piece(folder, f"{_key(session, name)}-{seed}", writes=writes)
+
+
+def remove_pieces(session: Session, name: str) -> None:
+    """Forget what was kept of the trainings of a head that is saved now."""
+    folder = session.place / "training"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def train_seed(
+    session: Session,
+    name: str,
+    seed: int,
+    record: Callable[[dict[str, Any]], None],
+    *,
+    keep: bool,
+    together: bool = False,
+) -> tuple[Fitted, float]:
+    """Train a head with one seed, or take the result that was kept; how many seconds it took before.
+
+    ``keep``: its epochs and its result. ``together``: all processes do it, see ``live.LiveRows``.
+    """
+    piece = piece_of(session, name, seed, writes=distributed.rank() == 0 or not together)
+    kept = piece.load_result()
+    if kept is not None:
+        for row in kept[1]["rows"]:
+            record(row)
+        return _restored(session, name, *kept), kept[1]["seconds"]
+    begun, rows = time.perf_counter(), list[dict[str, Any]]()
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        record(row)
+
+    got = _fit_seed(session, name, seed, note, piece if keep else None, together=together)
+    if keep:
+        piece.save_result(got, rows, time.perf_counter() - begun)
+    return got, 0.0
+
+
+def _restored(session: Session, name: str, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> Fitted:
+    """What ``Piece.save_result`` was given."""
+    task = session.task.fitted(torch.from_numpy(session.targets[session.splits.train]))
+    config = session.config.all_heads()[name]
+    head = build_head(config, session.widths, task.outputs, session.token_widths, task.link)
+    head.load_state_dict(below(tensors, "head/"))
+    model, clip = None, below(tensors, "clip/")
+    if clip:
+        model = open_encoder(session.folder / "encoder", session.model.device)
+        model.clip.load_state_dict(clip)
+    return Fitted(head.to(session.model.device), model, task=task, **facts["result"])
 
 
 def history_of(session: Session, name: str) -> Path:
@@ -78,17 +168,22 @@ def history_of(session: Session, name: str) -> Path:
 
 def _fit_seed(
     session: Session,
-    head: HeadConfig,
-    adapt: AdaptConfig,
+    name: str,
     seed: int,
     record: Callable[[dict[str, Any]], None],
+    keeper: Piece | None,
+    *,
+    together: bool,
 ) -> Fitted:
+    adapt = session.config.adapt_of(name)
     live = None
     if adapt.tunes_encoders:
         model = open_encoder(session.folder / "encoder", session.model.device)
-        live = (_live(session, model, session.splits.train), _live(session, model, session.splits.inner))
+        parts = (session.splits.train, session.splits.inner)
+        train, inner = (replace(_live(session, model, rows), together=together) for rows in parts)
+        live = (train, inner)
     return fit(
-        head,
+        session.config.all_heads()[name],
         adapt,
         session.config.early_stopping,
         session.task,
@@ -103,6 +198,7 @@ def _fit_seed(
         device=session.model.device,
         log=record,
         start=lambda new: start_joint(new, session.model),
+        keeper=keeper,
     )
 
 

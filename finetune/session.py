@@ -16,6 +16,8 @@ import torch
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
+from ..pretrain import distributed
+from ..pretrain.agree import on_rank_0
 from ..pretrain.model import LoadedModel, load_model
 from .adapt import Part
 from .checks import check_inner, prepare, without
@@ -32,7 +34,7 @@ from .tasks import Ints, Task
 
 __all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder"]
 
-VERSION = 2  # of what training does; part of every head's key
+VERSION = 3  # of what training does; part of every head's key
 QUARANTINE_SHARE = 0.001
 
 
@@ -126,6 +128,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     check_heads(config.heads, dict.fromkeys(rows.modalities, model.embed_dim), task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
+    _check_ranks(rows, fingerprint)
     say(f"{_sizes(config, rows, parts[-1][1])}; stopping by {task_metric}")
     features, broken = extract(
         model,
@@ -136,6 +139,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         batch_size=config.model.batch_size,
         max_pixels=config.data.max_pixels,
         progress=progress,
+        together=distributed.world_size() > 1,
     )
     if broken:
         _quarantine(config, folder, rows, broken)
@@ -152,9 +156,24 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         )
         for place, (fold, splits), (targets, task) in zip(places, parts, prepared, strict=True)
     ]  # fmt: skip
-    save_encoder(model, folder / "encoder", fingerprint)
-    atomic_write_text(folder / "config.yaml", to_yaml(config))
+
+    def write() -> None:
+        save_encoder(model, folder / "encoder", fingerprint)
+        atomic_write_text(folder / "config.yaml", to_yaml(config))
+
+    on_rank_0(write)
     return sessions
+
+
+def _check_ranks(rows: Rows, fingerprint: str) -> None:
+    """All processes must have read the same: on another machine a path may be another file."""
+    seen = json.dumps([fingerprint, rows.ids, rows.texts, [str(one) for one in rows.targets]])
+    digests = distributed.gather_json(hashlib.sha256(seen.encode("utf-8", "surrogatepass")).hexdigest())
+    if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise UserError(
+            f"{rows.source}: process {odd[0]} has read other rows or encoders than the first; give all "
+            "machines the same table and checkpoint"
+        )
 
 
 def data_config(config: FinetuneConfig) -> LabelledDataConfig:
@@ -199,7 +218,8 @@ def _quarantine(config: FinetuneConfig, folder: Path, rows: Rows, broken: Mappin
     writer = csv.writer(buffer)
     writer.writerow(["row", "id", "image", "reason"])
     writer.writerows([i + 1, rows.ids[i], str(rows.images[i]), broken[i]] for i in sorted(broken))
-    atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
+    if distributed.rank() == 0:
+        atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
     if len(broken) > max(1, QUARANTINE_SHARE * len(rows)):
         listed = folder / "quarantine.csv"
         raise UserError(f"{what}; {len(broken)} of {len(rows)} rows are too many, {listed} lists them")
