@@ -44,7 +44,7 @@ __all__ = [
     "soup",
 ]  # fmt: skip
 
-STANDARD_ROWS = 4096  # at most, evenly spaced, give means and scales of tokens
+STANDARD_ROWS = 1024  # at most, evenly spaced, give means and scales of tokens
 
 
 @dataclass(frozen=True)

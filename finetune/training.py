@@ -11,7 +11,7 @@ batches and losses that compare rows are those of one process, and gradients dif
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "Training",
     "below",
     "eval_batch",
+    "eval_chunks",
     "inner_score",
     "inner_scores",
     "logits_of",
@@ -41,6 +42,7 @@ __all__ = [
 
 EVAL_BATCH = 4096
 LIVE_EVAL_BATCH = 256
+TOKEN_EVAL_BATCH = 512  # at most: a row's tokens are hundreds of times its embedding
 COUNTERS = ("epoch", "samples_seen", "best_epoch", "best_score", "best_loss")
 WHOLE_ROWS = 8  # of a batch, so that modality dropout leaves some
 Log = Callable[[dict[str, Any]], None]
@@ -65,9 +67,14 @@ def logits_of(head: Head, rows: Source, *, batch_size: int = EVAL_BATCH) -> Tens
     head.eval()
     parts = [
         head(*rows.batch(chunk, tokens=head.reads_tokens)).float().cpu()
-        for chunk in torch.arange(len(rows)).split(batch_size)
+        for chunk in eval_chunks(head, len(rows), batch_size)
     ]
     return torch.cat(parts)
+
+
+def eval_chunks(head: Head, rows: int, batch_size: int) -> Sequence[Tensor]:
+    """Numbers of the rows that a head answers at once."""
+    return torch.arange(rows).split(min(batch_size, TOKEN_EVAL_BATCH) if head.reads_tokens else batch_size)
 
 
 class Training:

@@ -16,14 +16,12 @@ from ..finetune.labelled import write_config, write_task
 from ..finetune.runs import contents, timeless
 
 SHORT = "adapt: {method: lp_ft, encoder_lr: 1.0e-3, encoder_batch_size: 32, encoder_epochs: 2}"
-HEADS = (
-    f"{{late: {{op: late}}, cross: {{op: cross, width: 16}}, tuned: {{op: bilinear, {SHORT}}}}}"
-)
+HEADS = f"{{late: {{op: late}}, cross: {{op: cross, width: 16}}, tuned: {{op: bilinear, {SHORT}}}}}"
 CV = "eval.cv={folds: 2, repeats: 1}"
 
 
 def launch(folder: Path, processes: int, out: str, *words: str) -> subprocess.Popen[str]:
-    """A run as a user starts it, in a process group of its own."""
+    """A run as a user starts it."""
     torchrun = ["-m", "diptych.pretrain.launch", f"--nproc-per-node={processes}"]
     command = ["-m", "diptych.finetune", str(folder / "finetune.yaml"), f"out={folder / out}", *words]
     return subprocess.Popen(
@@ -32,8 +30,14 @@ def launch(folder: Path, processes: int, out: str, *words: str) -> subprocess.Po
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
     )
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids by rank; a launcher's processes are in sessions of their own."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {pid: Path("/proc", pid, "environ").read_bytes().partition(b"\0RANK=")[2] for pid in pids}
+    return {int(value.partition(b"\0")[0]): int(pid) for pid, value in found.items() if value}
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -84,7 +88,8 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(folder: Path, tru
     while not list(run.glob("folds/*/*/training/tuned/*/checkpoints/step_*")):
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *ranks_of(process).values()):
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert not (run / "results.json").exists()
     finish(launch(folder, 1, "killed", CV))
@@ -105,9 +110,7 @@ def test_a_mistake_and_a_killed_process_are_one_sentence_each(folder: Path) -> N
     while not list((folder / "lost").glob("folds/*/*/training")):
         assert process.poll() is None
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {(Path("/proc") / pid / "environ").read_bytes().split(b"\0RANK=")[1][:1]: pid for pid in children}
-    os.kill(int(ranks[b"1"]), signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL
     assert "Traceback" not in err
