@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 from typing import Any
 
@@ -13,6 +15,7 @@ EPILOG = """example:
   diptych finetune configs/demo/finetune_match.yaml --validate
   diptych finetune configs/demo/finetune_match.yaml 'eval.cv={rows: without_test}'
   diptych finetune configs/demo/finetune_match.yaml 'eval.cv={rows: without_test}' --holdout
+  torchrun --standalone --nproc-per-node 2 -m diptych.finetune configs/demo/finetune_match.yaml
 
 The same command goes on where it stopped: finished heads are kept as long as their settings and data are."""
 
@@ -63,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
     from ..finetune.protocol import finetune, run_folder
     from .progress import progress
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # how a launcher ends the others when one has ended
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = finetune(config, progress=progress, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     console = _console()
     print_results(result, console)
     folder = run_folder(config)

@@ -147,7 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         again = shlex.join(["diptych", *words])
-        print(f"\ninterrupted; what was finished is kept, go on with: {again}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            again = "the same command"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\ninterrupted; what was finished is kept, go on with: {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of our output is gone, as in `| head`: nothing to say, and nobody to say it to
@@ -157,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):
-            print(f"error: {sentence}", file=sys.stderr)  # a launched run raises its UserErrors on all ranks
+        # a launched run raises its UserErrors on all ranks, but for those that one has alone
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError) or error.alone:
+            print(f"error: {sentence}", file=sys.stderr)
         return 2

@@ -24,7 +24,16 @@ from .projection import Vectors, start_vectors
 from .retention import retention
 from .retrieval import PairTraining
 from .tasks import Task, calibrate, higher_is_better
-from .training import LIVE_EVAL_BATCH, Log, Training, eval_batch, inner_score, inner_scores, logits_of
+from .training import (
+    LIVE_EVAL_BATCH,
+    Keeper,
+    Log,
+    Training,
+    eval_batch,
+    inner_score,
+    inner_scores,
+    logits_of,
+)
 
 __all__ = [
     "LIVE_EVAL_BATCH",
@@ -37,6 +46,8 @@ __all__ = [
     "logits_of",
     "soup",
 ]  # fmt: skip
+
+STANDARD_ROWS = 1024  # at most, evenly spaced, give means and scales of tokens
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ def fit(
     device: torch.device | None = None,
     log: Log = lambda row: None,
     start: Callable[[Head], None] = lambda head: None,
+    keeper: Keeper | None = None,
 ) -> Fitted:
     """Train one head with one seed and keep the weights of its best epoch on the inner rows.
 
@@ -83,18 +95,23 @@ def fit(
     ``linear_probe``. ``pooled``: modalities of several vectors per row, which the head pools. ``init_seed``:
     gives the head's initial weights in the place of ``seed``. ``log`` gets one row per epoch: ``epoch``,
     ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``. ``start`` gives a new head what
-    it takes from the encoders, see ``start_joint``.
+    it takes from the encoders, see ``start_joint``. ``keeper`` keeps the epochs of encoders or tokens, from
+    which an equal call goes on; cheaper ones before them are run again.
     """
     task = task.fitted(train.targets)
     train = replace(train, weights=task.weights(train.targets, train.weights))
-    with torch.random.fork_rng():
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
         torch.manual_seed(seed if init_seed is None else init_seed)
         head = build_head(config, widths, task.outputs, token_widths, task.link, pooled)
         start(head)
         head.to(device)
         if init_seed is not None:
             torch.manual_seed(seed)
-        features, present = train.rows.batch(torch.arange(len(train.rows)), tokens=head.reads_tokens)
+        rows = torch.arange(len(train.rows))
+        if head.reads_tokens:  # all of them may exceed memory
+            rows = rows[:: -(-len(rows) // STANDARD_ROWS)]
+        features, present = train.rows.batch(rows, tokens=head.reads_tokens)
         head.fit_standard(features, present)
         del features, present
         if isinstance(head, Ordinal):
@@ -103,12 +120,13 @@ def fit(
         run = training_of(task)(head, task, adapt, stopping, seed, log)
         if adapt.method != "full":
             groups = parameter_groups(head, adapt.weight_decay)
-            run.epochs(train, inner, groups, adapt.lr, adapt.epochs, adapt.batch_size)
+            own = keeper if head.reads_tokens else None  # such heads are never trained with encoders
+            run.epochs(train, inner, groups, adapt.lr, adapt.epochs, adapt.batch_size, own)
             run.restore()
         tuned = _Tuned(run.best_epoch)
         if adapt.tunes_encoders:
             assert live is not None
-            tuned = _tune(run, initial, replace(train, rows=live[0]), replace(inner, rows=live[1]))
+            tuned = _tune(run, initial, replace(train, rows=live[0]), replace(inner, rows=live[1]), keeper)
         rows = inner.rows if tuned.model is None or live is None else live[1]
         logits = logits_of(head, rows, batch_size=eval_batch(rows))
         scale, shift = calibrate(task, logits, inner.targets.cpu(), calibration)
@@ -123,7 +141,7 @@ class _Tuned:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def _tune(run: Training, initial: State | None, train: Part, inner: Part) -> _Tuned:
+def _tune(run: Training, initial: State | None, train: Part, inner: Part, keeper: Keeper | None) -> _Tuned:
     """Train the encoders of live rows with the head of a run, in place. The head has its best weights so
     far; ``initial`` are those that it began with."""
     assert isinstance(train.rows, LiveRows)
@@ -138,12 +156,12 @@ def _tune(run: Training, initial: State | None, train: Part, inner: Part) -> _Tu
     if adapt.method == "contrastive":
         floor = (run.best_score, copy.deepcopy(head.state_dict())) if not alphas else None
         alphas = alphas or (1.0,)
-        _contrast(run, model, train, inner)
+        _contrast(run, model, train, inner, keeper)
     else:
         initial = None
         groups = parameter_groups(head, adapt.weight_decay) + encoder_groups(model, adapt)
         run.also(model.clip)
-        run.epochs(train, inner, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size)
+        run.epochs(train, inner, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size, keeper)
         run.restore()
         merge_lora(model.clip)
     best_epoch = run.best_epoch
@@ -174,23 +192,25 @@ def _reading(rows: Source, head: Head) -> LiveRows:
     return replace(rows, read=head.modalities)
 
 
-def _contrast(run: Training, model: Encoders, train: Part, inner: Part) -> None:
+def _contrast(run: Training, model: Encoders, train: Part, inner: Part, keeper: Keeper | None) -> None:
     """The contrastive epochs of a run: the encoders of the best one by zero-shot classification, or by
     retrieval, stay."""
     task, adapt = run.task, run.adapt
     assert isinstance(model, LoadedModel)
+    assert isinstance(train.rows, LiveRows)
     if task.type == "retrieval":
         pairs = Vectors(dict.fromkeys(run.head.modalities, model.embed_dim), project=False)
         start_vectors(pairs, model)
         contrast = PairTraining(pairs.to(model.device), task, adapt, run.stopping, run.seed, run.log)
     else:
-        texts = ClassTexts(model, class_texts(adapt, task.classes), run.head.modalities, task.outputs)
+        prompts, together = class_texts(adapt, task.classes), train.rows.together
+        texts = ClassTexts(model, prompts, run.head.modalities, task.outputs, together=together)
         contrast = ClassContrast(texts, task, adapt, run.stopping, run.seed, run.log)
     contrast.note = {"phase": "contrastive"}
     contrast.count_on(run)
     contrast.also(model.clip)
     groups = encoder_groups(model, adapt)
-    contrast.epochs(train, inner, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size)
+    contrast.epochs(train, inner, groups, adapt.lr, adapt.encoder_epochs, adapt.encoder_batch_size, keeper)
     contrast.restore()
     run.epoch, run.samples_seen = contrast.epoch, contrast.samples_seen
 

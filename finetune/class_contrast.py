@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..pretrain import distributed
 from ..pretrain.contrastive import contrastive_loss
 from ..pretrain.model import LoadedModel
 from ..pretrain.zero_shot import Prompts
 from .config import ENCODED
 from .fusion import Head
+from .live import encode_split
 from .training import Training
 
 __all__ = ["ClassContrast", "ClassTexts"]
@@ -30,9 +32,17 @@ class ClassTexts(Head):
     """Logits of classes by the cosine with their texts; it has no parameters of its own."""
 
     def __init__(
-        self, model: LoadedModel, prompts: Prompts, modalities: tuple[str, ...], outputs: int
+        self,
+        model: LoadedModel,
+        prompts: Prompts,
+        modalities: tuple[str, ...],
+        outputs: int,
+        *,
+        together: bool = False,
     ) -> None:
+        """``together``: see ``LiveRows``."""
         super().__init__({})
+        self.together = together
         self.modalities = tuple(k for k in modalities if k in ENCODED)  # others have no texts beside them
         self.model, self.outputs = model, outputs
         self.texts = [text for texts in prompts.values() for text in texts]
@@ -48,8 +58,11 @@ class ClassTexts(Head):
     def encode(self, numbers: Tensor) -> Tensor:
         """Normalised features [n, D] of texts by number, with gradients where those are enabled."""
         distinct, back = numbers.unique(return_inverse=True)
-        packed = self.model.tokenizer.pack([self.texts[i] for i in distinct.tolist()])
-        return self.model.model.encode_text(*packed)[back.to(self.model.device)]
+        texts = [self.texts[i] for i in distinct.tolist()]
+        root, pack = self.model.model, self.model.tokenizer.pack
+        empty = torch.zeros(0, self.model.embed_dim, device=self.model.device)
+        features = encode_split(lambda part: root.encode_text(*pack(part)), texts, empty, self.together)
+        return features[back.to(self.model.device)]
 
     def draw(self, targets: Tensor) -> Tensor:
         """Number of a random text of each row's class, int64 [n] on the CPU."""
@@ -97,6 +110,7 @@ class ClassContrast(Training):
                 weight=weights,
                 duplicates="positives",
                 label_smoothing=self.adapt.label_smoothing,
+                group=distributed.alone(),  # this process has the whole batch
             )
             for k in self.head.modalities
             if bool(present[k].any())

@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 
 from ..configs.errors import UserError
 from ..configs.files import temporary_beside
+from ..pretrain import distributed
+from .deal import train_all
 from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
 from .missing import missing_answers, missing_matrix
 from .saved import read_json
@@ -49,20 +51,34 @@ def cross_validate(sessions: Sequence[Session], say: Callable[[str], None]) -> J
     *folds, final = sessions
     heads = final.config.all_heads()
     final.journal.histories = [history_of(session, name) for session in folds for name in heads]
+    if distributed.rank() == 0:
+        for session, name in ((s, n) for s in folds for n in heads if _useless(s, n)):
+            shutil.rmtree(session.head_folder(name))
+    train_all([(session, name) for session in folds for name in heads], say)
+    p, inner, best, single = _choose(folds, final, say) if distributed.rank() == 0 else ([], {}, "", "")
+    best = str(distributed.broadcast_json(best))
+    final.journal.histories.append(history_of(final, best))
+    train_all([(final, best)], say)
+    if distributed.rank() > 0:
+        return {}
+    train_head(final, best, heads[best], say)
+    write_run(final, [best], best)
+    return _score(folds, final, p, inner, best, single)
+
+
+def _choose(
+    folds: Sequence[Session], final: Session, say: Callable[[str], None]
+) -> tuple[list[dict[str, Floats]], dict[str, dict[str, float]], str, str]:
+    """Out-of-fold probabilities per fold and head, mean inner scores per head, and what they choose."""
+    heads = final.config.all_heads()
     p: list[dict[str, Floats]] = []
     for session in folds:
         p.append({})
         for name, head in heads.items():
-            if _useless(session, name):
-                shutil.rmtree(session.head_folder(name))
             train_head(session, name, head, say)
             p[-1][name] = _out_of_fold(session, name)
     inner = {name: _mean([kept_inner(session, name) for session in folds]) for name in heads}
-    best, single = choose(final.task, inner, final.config.singles())
-    final.journal.histories.append(history_of(final, best))
-    train_head(final, best, heads[best], say)
-    write_run(final, [best], best)
-    return _score(folds, final, p, inner, best, single)
+    return p, inner, *choose(final.task, inner, final.config.singles())
 
 
 def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

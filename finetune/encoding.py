@@ -1,6 +1,6 @@
 """Frozen encoders over many pictures and texts, in batches, each picture decoded once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,15 @@ from ..pretrain.model import Encoders
 from .cells import BrokenPicture, Picture, PictureReader
 from .tokens import image_inputs, image_tokens, text_inputs, text_tokens
 
-__all__ = ["Arrays", "encode_pictures", "encode_texts", "prepare", "read_pixels"]
+__all__ = [
+    "TEXT_BATCH",
+    "Arrays",
+    "encode_pictures",
+    "encode_texts",
+    "longest_text",
+    "prepare",
+    "read_pixels",
+]
 
 Arrays = dict[str, NDArray[Any]]
 TEXT_BATCH = 1024
@@ -61,31 +69,31 @@ def encode_pictures(
     batch_size: int,
     max_pixels: int,
     advance: Callable[[int], None],
-) -> Arrays:
-    """``features`` float32 [n, D], ``broken`` [n], the reason or "", and where asked for ``tokens`` and
-    ``inputs`` float16 [n, P, W]."""
-    features: list[Tensor] = [torch.zeros(0, model.widths["image"])]
-    found: list[Tensor] = []
-    before: list[Tensor] = []
-    broken: list[str] = []
+) -> Iterator[Arrays]:
+    """Batch by batch ``features`` float32 [n, D], ``broken`` [n], the reason or "", and where asked for
+    ``tokens`` and ``inputs`` float16 [n, P, W]. Of no pictures one batch of no rows."""
+
+    def arrays(pixels: Tensor, reasons: list[str]) -> Arrays:
+        made: dict[str, Tensor] = {"features": model.encode_images(pixels, batch_size)}
+        if tokens:
+            made["tokens"] = image_tokens(model, pixels).half()
+        if inputs:
+            made["inputs"] = image_inputs(model, pixels).half()
+        return {k: v.cpu().numpy() for k, v in made.items()} | {"broken": np.array(reasons, dtype="U200")}
+
     for start in range(0, len(pictures), batch_size):
         pixels, reasons = read_pixels(model, pictures[start : start + batch_size], reader, max_pixels)
-        features.append(model.encode_images(pixels, batch_size))
-        if tokens:
-            found.append(image_tokens(model, pixels).half().cpu())
-        if inputs:
-            before.append(image_inputs(model, pixels).half().cpu())
-        broken += reasons
+        yield arrays(pixels, reasons)
         advance(len(pixels))
-    arrays: Arrays = {"features": torch.cat(features).numpy(), "broken": np.array(broken, dtype="U200")}
-    blank = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
-    if tokens:
-        found = found or [image_tokens(model, blank)[:0].half().cpu()]
-        arrays["tokens"] = torch.cat(found).numpy()
-    if inputs:
-        before = before or [image_inputs(model, blank)[:0].half().cpu()]
-        arrays["inputs"] = torch.cat(before).numpy()
-    return arrays
+    if not pictures:
+        blank = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
+        yield {k: v[:0] for k, v in arrays(blank, [""]).items()}
+
+
+def longest_text(model: Encoders, texts: Sequence[str]) -> int:
+    """Tokens of the longest text; 0 without texts."""
+    parts = (texts[i : i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH))
+    return max((int(model.tokenizer.pack(part)[1].max()) for part in parts), default=0)
 
 
 def encode_texts(
@@ -94,33 +102,28 @@ def encode_texts(
     *,
     tokens: bool,
     inputs: bool = False,
+    length: int = 0,
     advance: Callable[[int], None],
-) -> Arrays:
-    """``features`` float32 [n, D], and where asked for ``tokens`` and ``inputs`` float16 [n, L, W] with
-    ``mask`` bool [n, L], L the longest text's tokens."""
-    parts = [list(texts[i : i + TEXT_BATCH]) for i in range(0, len(texts), TEXT_BATCH)]
-    features: list[Tensor] = [torch.zeros(0, model.widths["text"])]
-    found: list[tuple[Tensor, Tensor]] = []
-    before: list[Tensor] = []
-    for part in parts:
-        features.append(model.encode_captions(part))
+) -> Iterator[Arrays]:
+    """Batch by batch ``features`` float32 [n, D], and where asked for ``tokens`` and ``inputs`` float16
+    [n, L, W] with ``mask`` bool [n, L], L being ``length``, that of the longest text of all batches. Of no
+    texts one batch of no rows."""
+
+    def arrays(part: Sequence[str]) -> Arrays:
+        made: dict[str, Tensor] = {"features": model.encode_captions(part)}
         if tokens:
-            got, mask = text_tokens(model, part)
-            found.append((got.half().cpu(), mask.cpu()))
+            found, mask = text_tokens(model, part)
+            more = max(0, length - mask.shape[1])
+            made["tokens"] = F.pad(found.half().cpu(), (0, 0, 0, more))
+            made["mask"] = F.pad(mask.cpu(), (0, more))
         if inputs:
-            before.append(text_inputs(model, part).half().cpu())
+            found = text_inputs(model, part).half().cpu()
+            made["inputs"] = F.pad(found, (0, 0, 0, max(0, length - found.shape[1])))
+        return {k: v.numpy() for k, v in made.items()}
+
+    for start in range(0, len(texts), TEXT_BATCH):
+        part = list(texts[start : start + TEXT_BATCH])
+        yield arrays(part)
         advance(len(part))
-    arrays: Arrays = {"features": torch.cat(features).numpy()}
-    if tokens:
-        if not found:
-            got, mask = text_tokens(model, [""])
-            found.append((got[:0].half().cpu(), mask[:0].cpu()))
-        longest = max(mask.shape[1] for _, mask in found)
-        wide = [(got, mask, longest - mask.shape[1]) for got, mask in found]
-        arrays["tokens"] = torch.cat([F.pad(got, (0, 0, 0, more)) for got, _, more in wide]).numpy()
-        arrays["mask"] = torch.cat([F.pad(mask, (0, more)) for _, mask, more in wide]).numpy()
-    if inputs:
-        before = before or [text_inputs(model, [""])[:0].half().cpu()]
-        longest = max(got.shape[1] for got in before)
-        arrays["inputs"] = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in before]).numpy()
-    return arrays
+    if not texts:
+        yield {k: v[:0] for k, v in arrays([""]).items()}

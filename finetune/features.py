@@ -2,7 +2,8 @@
 
 A cache entry is named by the sha256 of the encoder's weights and preprocessing and of the content of every
 item in order. Never by a name: another checkpoint in the same place, other pixels behind the same path or
-another order is another entry. Entries are memory-mapped arrays, written whole or not at all.
+another order is another entry. Entries are written batch by batch, are there whole or not at all, and are
+used memory-mapped: a table of tokens may be larger than memory.
 """
 
 import hashlib
@@ -10,11 +11,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -22,9 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..configs.files import cache_dir, fsync_folder
+from ..pretrain import distributed
 from ..pretrain.model import Encoders
 from .cells import BrokenPicture, Picture, PictureReader
-from .encoding import Arrays, encode_pictures, encode_texts
+from .encoding import TEXT_BATCH, Arrays, encode_pictures, encode_texts, longest_text
+from .exchange import in_turn, share_of
 from .joint import check_joint
 from .manifest import Rows
 from .pooling import mean_pool
@@ -111,9 +115,9 @@ class FeatureRows:
         return replace(self, tables=tables, index=index, sets=self.sets | other.sets)
 
     def to(self, device: torch.device) -> "FeatureRows":
-        """The same on another device."""
+        """The same on another device. Tables of tokens stay where they are, for batches to be taken from."""
         return FeatureRows(
-            {k: v.to(device) for k, v in self.tables.items()},
+            {k: v.to(device) if k in self.index else v for k, v in self.tables.items()},
             {k: v.to(device) for k, v in self.index.items()},
             None if self.groups is None else self.groups.to(device),
             {k: v.to(device) for k, v in self.sets.items()},
@@ -124,7 +128,7 @@ def _pick(table: Tensor, items: Tensor) -> Tensor:
     """Rows of a table by number, of any shape; zeros for -1."""
     if len(table) == 0:
         return table.new_zeros((*items.shape, *table.shape[1:]))
-    got = table[items.clamp_min(0)]
+    got = table[items.clamp_min(0).to(table.device)].to(items.device)
     got[items < 0] = 0
     return got
 
@@ -150,13 +154,15 @@ def extract(
     batch_size: int = 256,
     max_pixels: int = 89_478_485,
     progress: Progress = silent,
+    together: bool = False,
 ) -> tuple[FeatureRows, dict[int, tuple[Picture, str]]]:
     """Features of all rows as the towers give them, and the rows with a broken picture: the first one of the
     row, and why (its features are zeros). Modalities without encoder: see ``columns``.
 
     ``fingerprint``: the encoder's; with it features are taken from and kept in the cache. ``tokens``: also
     the token tables. ``inputs``: also those of what the towers' first blocks read; UserError if they cannot
-    be had.
+    be had. ``together``: all processes ask for the same; each encodes a share of the batches, and all get the
+    features that one process would make, bit for bit.
     """
     if inputs:
         check_joint(model)
@@ -170,11 +176,12 @@ def extract(
         pictures = list(dict.fromkeys(picture for cell in cells for picture in cell or ()))
         reader = PictureReader()
 
-        def from_pictures() -> Arrays:
-            with progress("encoding pictures", len(pictures)) as advance:
-                return encode_pictures(
+        def from_pictures() -> Iterator[Arrays]:
+            own = share_of(pictures, batch_size, together)
+            with progress("encoding pictures", len(own)) as advance:
+                yield from encode_pictures(
                     model,
-                    pictures,
+                    own,
                     reader,
                     tokens=depth > 0,
                     inputs=inputs,
@@ -184,7 +191,10 @@ def extract(
                 )
 
         content = [_picture_content(reader, picture) for picture in pictures] if fingerprint else []
-        arrays = _kept("image", depth, fingerprint, content, from_pictures)
+        make = from_pictures
+        if together:
+            make = partial(in_turn, from_pictures, len(pictures), batch_size)
+        arrays = _kept("image", depth, fingerprint, content, make, together)
         _add(tables, "image", arrays)
         number = {picture: i for i, picture in enumerate(pictures)}
         items, of_row = _distinct([cell and tuple(number[picture] for picture in cell) for cell in cells])
@@ -202,11 +212,18 @@ def extract(
     if "text" in rows.modalities:
         texts, of_row = _distinct(rows.cells["text"])
 
-        def from_texts() -> Arrays:
-            with progress("encoding texts", len(texts)) as advance:
-                return encode_texts(model, texts, tokens=depth > 0, inputs=inputs, advance=advance)
+        def from_texts() -> Iterator[Arrays]:
+            length = longest_text(model, texts) if depth else 0
+            own = share_of(texts, TEXT_BATCH, together)
+            with progress("encoding texts", len(own)) as advance:
+                yield from encode_texts(
+                    model, own, tokens=depth > 0, inputs=inputs, length=length, advance=advance
+                )
 
-        _add(tables, "text", _kept("text", depth, fingerprint, texts, from_texts))
+        make = from_texts
+        if together:
+            make = partial(in_turn, from_texts, len(texts), TEXT_BATCH)
+        _add(tables, "text", _kept("text", depth, fingerprint, texts, make, together))
         index["text"] = torch.from_numpy(of_row)
     groups = torch.tensor([_number(name) for name in rows.groups]) if rows.groups else None
     return FeatureRows(tables, index, groups, sets), broken
@@ -226,11 +243,11 @@ def _pooled(every: Tensor, sets: Tensor) -> Tensor:
 
 
 def _add(tables: dict[str, Tensor], modality: str, arrays: Arrays) -> None:
-    """Put an entry's arrays among the tables, in memory."""
+    """Put an entry's arrays among the tables, without a copy."""
     names = {"features": modality} | {k: f"{modality}_{k}" for k in ("tokens", "inputs", "mask")}
     for name, table in names.items():
         if name in arrays:
-            tables[table] = torch.from_numpy(np.array(arrays[name]))
+            tables[table] = torch.from_numpy(arrays[name])
 
 
 def _number(name: str) -> int:
@@ -258,34 +275,51 @@ def _kept(
     depth: int,
     fingerprint: str | None,
     content: Sequence[str],
-    compute: Callable[[], Arrays],
+    compute: Callable[[], Iterator[Arrays]],
+    together: bool,
 ) -> Arrays:
     """The arrays of an entry, memory-mapped from the cache, made first if they are not there. ``depth``: 0
     embeddings, 1 also tokens, 2 also inputs; a deeper entry serves too."""
     if fingerprint is None:
-        return compute()
+        batches = list(compute())
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     digest = hashlib.sha256(json.dumps([VERSION, kind, fingerprint]).encode())
     for item in content:
         digest.update(hashlib.sha256(item.encode("utf-8", "surrogatepass")).digest())
     plain = cache_dir() / "features" / f"{kind}-{digest.hexdigest()[:32]}"
     folders = [plain.with_name(plain.name + suffix) for suffix in ("", "-tokens", "-inputs")][depth:]
     folder = next((one for one in folders if one.is_dir()), folders[0])
-    if not folder.is_dir():
-        _write_entry(folder, compute())
+    missing = torch.tensor([float(not folder.is_dir())])
+    if bool(distributed.all_reduce_max(missing) if together else missing):
+        if not together or distributed.local_rank() == 0:
+            _write_entry(folder, len(content), compute())
+        else:
+            for _ in compute():  # its share; the machine's first process writes
+                pass
+        if together:
+            distributed.barrier()
     deeper = (("tokens", "mask"), ("inputs",))[depth:]
     files = [path for path in sorted(folder.glob("*.npy")) if all(path.stem not in some for some in deeper)]
-    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in files}
+    # copy on write: torch takes arrays that it could write into, and the file stays as it is
+    return {path.stem: np.load(path, mmap_mode="c", allow_pickle=False) for path in files}
 
 
-def _write_entry(folder: Path, arrays: Arrays) -> None:
-    """Write a folder of arrays that is there whole or not at all."""
+def _write_entry(folder: Path, rows: int, batches: Iterable[Arrays]) -> None:
+    """Write a folder of arrays [rows, ..] from their batches; it is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     temporary.mkdir()
     try:
-        for name, array in arrays.items():
-            with (temporary / f"{name}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+        with ExitStack() as stack:
+            files: dict[str, IO[bytes]] = {}
+            for batch in batches:
+                for name, array in batch.items():
+                    if name not in files:
+                        files[name] = stack.enter_context((temporary / f"{name}.npy").open("wb"))
+                        _write_header(files[name], (rows, *array.shape[1:]), array.dtype)
+                    files[name].write(array.tobytes())
+            for file in files.values():
+                file.flush()
                 os.fsync(file.fileno())
         fsync_folder(temporary)
         if not folder.exists():  # another process may have been first, with the same content
@@ -293,3 +327,9 @@ def _write_entry(folder: Path, arrays: Arrays) -> None:
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """What stands before the numbers in an .npy file."""
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})

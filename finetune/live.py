@@ -1,5 +1,6 @@
 """Where heads get features of rows from: tables of frozen features, or encoders at work."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..pretrain import distributed
 from ..pretrain.model import Encoders
 from .cells import Picture, PictureReader
 from .config import ENCODED
@@ -15,7 +17,7 @@ from .features import FeatureRows, extract
 from .manifest import Rows
 from .pooling import mean_pool
 
-__all__ = ["LiveRows", "Part", "Source", "encode_rows"]
+__all__ = ["LiveRows", "Part", "Source", "encode_rows", "encode_split"]
 
 
 class Source(Protocol):
@@ -43,7 +45,8 @@ class LiveRows:
     """Rows whose features are computed when they are asked for, with gradients where those are enabled.
 
     ``columns``: features of the same rows' modalities that no encoder reads. ``read``: the modalities whose
-    features are wanted (None: all); of others only the presence is told.
+    features are wanted (None: all); of others only the presence is told. ``together``: all processes ask for
+    the same rows at the same time; each encodes its share of them, and all get all features.
     """
 
     model: Encoders
@@ -54,6 +57,7 @@ class LiveRows:
     read: tuple[str, ...] | None = None
     groups: Tensor | None = None
     """Int64 [n] as in ``FeatureRows``."""
+    together: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,7 +90,11 @@ class LiveRows:
         given = [item for item in items if item is not None]
         if not given:
             return out
-        encoded = self.model.model.encode_text(*self.model.tokenizer.pack(given))
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            return self.model.model.encode_text(*self.model.tokenizer.pack(texts))
+
+        encoded = encode_split(encode, given, out[:0], self.together)
         return out.index_put((there.nonzero()[:, 0].to(out.device),), encoded)
 
     def _images(self, items: list[tuple[Picture, ...] | None]) -> dict[str, Tensor]:
@@ -97,18 +105,34 @@ class LiveRows:
         mask = mask.to(self.model.device)
         out = torch.zeros(*mask.shape, self.model.widths["image"], device=self.model.device)
         if given := list(chain.from_iterable(item or () for item in items)):
-            pixels, broken = read_pixels(self.model, given, self.reader, self.max_pixels)
-            assert not any(broken), f"a picture changed while it was trained on: {broken}"
-            out = out.index_put(mask.nonzero(as_tuple=True), self.model.model.encode_image(pixels))
+            encoded = encode_split(self._pictures, given, out[:0, 0], self.together)
+            out = out.index_put(mask.nonzero(as_tuple=True), encoded)
         if pool is None:
             return {"image": out[:, 0]}
         several = {"image_set": out, "image_set_mask": mask} if pool == "attention" else {}
         return {"image": mean_pool(out, mask)} | several
+
+    def _pictures(self, pictures: Sequence[Picture]) -> Tensor:
+        pixels, broken = read_pixels(self.model, pictures, self.reader, self.max_pixels)
+        assert not any(broken), f"a picture changed while it was trained on: {broken}"
+        return self.model.model.encode_image(pixels)
+
+
+def encode_split(
+    encode: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], empty: Tensor, together: bool
+) -> Tensor:
+    """``encode(items)`` [n, D]; ``empty`` is [0, D]. ``together``: process r of W encodes items r n / W to
+    (r + 1) n / W and gets the gradient of those; all get all rows (see ``distributed.rows_of_all``)."""
+    if not together:
+        return encode(items)
+    rank, world = distributed.rank(), distributed.world_size()
+    own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
+    return distributed.rows_of_all(encode(own) if len(own) else empty)
 
 
 def encode_rows(rows: LiveRows, modalities: tuple[str, ...]) -> FeatureRows:
     """Features of these modalities of live rows as their encoders are now, without gradients, each distinct
     item encoded once."""
     some = replace(rows.rows, declared={k: rows.rows.declared[k] for k in modalities}, groups=[])
-    features, _ = extract(rows.model, some, max_pixels=rows.max_pixels)
+    features, _ = extract(rows.model, some, max_pixels=rows.max_pixels, together=rows.together)
     return replace(features, groups=rows.groups)

@@ -6,7 +6,6 @@ missing in some rows, or in all of them by leaving out its column.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from .relevance import Member, Relevance, relevance_of
 from .saved import SavedHead, device_of, open_encoder, read_head, read_json
 from .scored import score_table
 from .sources import Form, read_source
-from .tables import Columns, LazyColumn, cells_of
+from .tables import Columns, columns_of
 from .tasks import Floats, Task
 from .thresholds import decided
 from .vectors import halves
@@ -305,7 +304,7 @@ class Predictor:
         if isinstance(table, str | Path):
             columns, rows = self.read(table, root, format)
         else:
-            columns, rows = _columns(table), self._rows(table, root, format)
+            columns, rows = columns_of(table), self._rows(table, root, format)
         p = self.of_rows(rows, progress=progress)
         info = dict(self._info) if samples is None else dict(self._info) | {"bootstrap": samples}
         return {"head": self.head} | score_table(self.task, info, columns, rows, p, self._said(p))
@@ -376,7 +375,7 @@ class Predictor:
         if isinstance(table, str | Path):
             return self.read(table, root, format)[1]
         folder = PictureFolder(Path(root) if root is not None else Path.cwd())
-        return self.parse(_columns(table), folder, "the table")
+        return self.parse(columns_of(table), folder, "the table")
 
     def parse(self, columns: Columns, folder: PictureFolder, source: str, first: int = 0) -> Rows:
         """Rows of columns, or of a chunk of them with ``first`` rows before it."""
@@ -388,24 +387,3 @@ def declared_in(modalities: Mapping[str, Any]) -> dict[str, ModalityConfig]:
     """The modalities of run.json; earlier runs name the column of each alone."""
     given = {k: {"column": m} if isinstance(m, str) else m for k, m in modalities.items()}
     return {k: ModalityConfig.model_validate_json(json.dumps(m)) for k, m in given.items()}
-
-
-def _columns(table: Any) -> Columns:
-    """Columns of a data frame, an arrow table, a dict of columns or a list of rows."""
-    if hasattr(table, "to_pydict"):  # pyarrow
-        names, rows, source = table.schema.names, table.num_rows, "the table"
-        return {n: LazyColumn(rows, partial(cells_of, table.column(n), source, n)) for n in names}
-    if hasattr(table, "to_dict") and hasattr(table, "columns"):  # pandas
-        return {str(k): list(v) for k, v in table.to_dict("list").items()}
-    if isinstance(table, Mapping):
-        columns: Columns = {str(k): list(v) for k, v in table.items()}
-        if len({len(v) for v in columns.values()}) > 1:
-            raise UserError("the table's columns have different lengths; give one cell per row")
-        return columns
-    if isinstance(table, Sequence) and all(isinstance(row, Mapping) for row in table):
-        names = dict.fromkeys(str(name) for row in table for name in row)
-        return {name: [row.get(name) for row in table] for name in names}
-    raise UserError(
-        "a table must be a path, a data frame, a dict of columns or a list of rows, not "
-        f"{type(table).__name__}"
-    )

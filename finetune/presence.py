@@ -12,6 +12,7 @@ from .fusion import Gated, Head, Late, WeightedSum
 from .head import Features, Present, masked_softmax
 from .ordinal import Ordinal
 from .pooling import Pooled
+from .training import eval_chunks
 
 __all__ = ["Shown", "has_weights", "logits_under", "weights_of"]
 
@@ -27,7 +28,7 @@ def logits_under(head: Head, rows: Source, shown: Sequence[Shown], *, batch_size
     """
     head.eval()
     parts: list[list[Tensor]] = [[] for _ in shown]
-    for chunk in torch.arange(len(rows)).split(batch_size):
+    for chunk in eval_chunks(head, len(rows), batch_size):
         features, present = rows.batch(chunk, tokens=head.reads_tokens)
         for found, seen in zip(parts, shown, strict=True):
             found.append(head(features, _hidden(present, seen, chunk)).float().cpu())

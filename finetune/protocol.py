@@ -9,7 +9,8 @@
 
 With ``eval.cv`` every outer fold is treated so (see ``crossval``), unless ``eval.holdout`` asks for the fixed
 splits. Every new set of models that is scored on fixed test rows is counted (see ``looks``). Finished heads
-are kept: the same command goes on where it stopped, and trains anew only what has changed.
+are kept: the same command goes on where it stopped, and trains anew only what has changed. Several processes
+share encoding and training (see ``deal``); the first one chooses, scores and writes.
 """
 
 import json
@@ -18,13 +19,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ..configs.files import atomic_write_text
+from ..pretrain import distributed
+from ..pretrain.agree import others_watched
 from .config import FinetuneConfig
 from .crossval import cross_validate
+from .deal import train_all
 from .features import Progress, silent
 from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
 from .looks import look
 from .missing import missing_answers, missing_matrix
-from .saved import read_json
+from .saved import device_of, read_json
 from .scoring import choose, evaluate, threshold_facts, write_run
 from .search import search_results
 from .session import Session, open_sessions, run_folder
@@ -34,13 +38,29 @@ __all__ = ["finetune", "run_folder"]
 
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
+TIMEOUT_S = 7 * 86400.0  # a process may wait for another's whole trainings; the launcher ends all if one ends
 
 
 def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = log.info) -> dict[str, Any]:
     """Train and score all heads of a config; write the run folder and return what results.json holds.
 
-    Raises UserError for whatever the user can mend. See docs/finetune.md for the files of a run.
+    The same on every process of a launched run. Raises UserError for whatever the user can mend. See
+    docs/finetune.md for the files of a run.
     """
+    device_of(config.device)  # tells one that is not there
+    distributed.setup(config.device, timeout_s=TIMEOUT_S)
+    try:
+        with others_watched():
+            distributed.alone()
+            if distributed.rank() > 0:
+                progress, say = silent, log.debug
+            return distributed.broadcast_json(_finetune(config, progress, say))
+    finally:
+        distributed.teardown()
+
+
+def _finetune(config: FinetuneConfig, progress: Progress, say: Say) -> dict[str, Any]:
+    """One process's share; the result is the first one's."""
     sessions = open_sessions(config, progress, say)
     journal = sessions[0].journal
     try:
@@ -49,7 +69,8 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
         journal.finish(exit_code=1)
         raise
     journal.finish()
-    atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
+    if distributed.rank() == 0:
+        atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -57,6 +78,9 @@ def _fixed(session: Session, say: Say) -> dict[str, Any]:
     """The run on fixed splits."""
     heads = session.config.all_heads()
     session.journal.histories = [history_of(session, name) for name in heads]
+    train_all([(session, name) for name in heads], say)
+    if distributed.rank() > 0:
+        return {}
     for name, head in heads.items():
         train_head(session, name, head, say)
     best, single = choose(

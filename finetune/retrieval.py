@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .links import KEY, PICTURE, TEXT, components
 from .live import Part
-from .training import Training
+from .training import Keeper, Training
 from .vectors import pair_loss
 
 __all__ = ["PairTraining"]
@@ -31,15 +31,15 @@ class PairTraining(Training):
         lr: float,
         epochs: int,
         batch_size: int,
+        keeper: Keeper | None = None,
     ) -> None:
         """As ``Training.epochs``; without anything to train the weights as they are are the best."""
         if not self.best:
             self.begin_with_best(inner)
         if any(group["params"] for group in groups):
             links = components(*(train.targets[:, c].cpu().numpy() for c in (PICTURE, TEXT, KEY)))
-            super().epochs(
-                replace(train, targets=torch.from_numpy(links)), inner, groups, lr, epochs, batch_size
-            )
+            linked = replace(train, targets=torch.from_numpy(links))
+            super().epochs(linked, inner, groups, lr, epochs, batch_size, keeper)
 
     def loss(
         self,

@@ -16,6 +16,8 @@ import torch
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..configs.load import to_yaml
+from ..pretrain import distributed
+from ..pretrain.agree import on_rank_0
 from ..pretrain.model import Encoders
 from .adapt import Part
 from .cells import Picture
@@ -163,6 +165,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         check_heads(heads, widths, task.outputs, task.link)
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
+    _check_ranks(rows, fingerprint)
     say(f"{_sizes(config, parts[-1][1])}; stopping by {task_metric}")
     if cost := encoder_cost(config, len(parts[-1][1].train)):
         say(cost)
@@ -175,6 +178,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         batch_size=config.model.batch_size,
         max_pixels=config.data.max_pixels,
         progress=progress,
+        together=distributed.world_size() > 1,
     )
     if broken or rows.damaged:
         _quarantine(config, folder, rows, broken)
@@ -194,9 +198,24 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         )
         for place, (fold, splits), (targets, task), state in zip(places, parts, prepared, states, strict=True)
     ]  # fmt: skip
-    save_encoder(model, folder / "encoder", fingerprint)
-    atomic_write_text(folder / "config.yaml", to_yaml(config))
+
+    def write() -> None:
+        save_encoder(model, folder / "encoder", fingerprint)
+        atomic_write_text(folder / "config.yaml", to_yaml(config))
+
+    on_rank_0(write)
     return sessions
+
+
+def _check_ranks(rows: Rows, fingerprint: str) -> None:
+    """All processes must have read the same: on another machine a path may be another file."""
+    seen = json.dumps([fingerprint, rows.ids, rows.cells.get("text"), [str(one) for one in rows.targets]])
+    digests = distributed.gather_json(hashlib.sha256(seen.encode("utf-8", "surrogatepass")).hexdigest())
+    if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise UserError(
+            f"{rows.source}: process {odd[0]} has read other rows or encoders than the first; give all "
+            "machines the same table and checkpoint"
+        )
 
 
 def data_config(config: FinetuneConfig) -> LabelledDataConfig:
@@ -258,7 +277,8 @@ def _quarantine(
     writer.writerow(["row", "id", "image", "reason"])
     writer.writerows([i + 1, rows.ids[i], *map(str, broken[i])] for i in sorted(broken))
     writer.writerows(["", one.key, one.place, one.reason] for one in rows.damaged)
-    atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
+    if distributed.rank() == 0:
+        atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
     if too_many(rows, left_out := len(broken) + len(rows.damaged)):
         of, listed = len(rows) + len(rows.damaged), folder / "quarantine.csv"
         raise UserError(f"{what}; {left_out} of {of} rows are too many, {listed} lists them")

@@ -7,7 +7,7 @@ any work is done; then it is read again chunk by chunk, and never more than one 
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ __all__ = [
     "LazyColumn",
     "Table",
     "cells_of",
+    "columns_of",
     "open_table",
     "read_columns",
     "types_of",
@@ -269,3 +270,24 @@ def _json_lines(file: Iterable[str], path: Path, *, text: bool) -> Iterator[dict
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} must be an object of columns, not {type(row).__name__}")
         yield row
+
+
+def columns_of(table: Any) -> Columns:
+    """Columns of a data frame, an arrow table, a dict of columns or a list of rows."""
+    if hasattr(table, "to_pydict"):  # pyarrow
+        names, rows, source = table.schema.names, table.num_rows, "the table"
+        return {n: LazyColumn(rows, partial(cells_of, table.column(n), source, n)) for n in names}
+    if hasattr(table, "to_dict") and hasattr(table, "columns"):  # pandas
+        return {str(k): list(v) for k, v in table.to_dict("list").items()}
+    if isinstance(table, Mapping):
+        columns: Columns = {str(k): list(v) for k, v in table.items()}
+        if len({len(v) for v in columns.values()}) > 1:
+            raise UserError("the table's columns have different lengths; give one cell per row")
+        return columns
+    if isinstance(table, Sequence) and all(isinstance(row, Mapping) for row in table):
+        names = dict.fromkeys(str(name) for row in table for name in row)
+        return {name: [row.get(name) for row in table] for name in names}
+    raise UserError(
+        "a table must be a path, a data frame, a dict of columns or a list of rows, not "
+        f"{type(table).__name__}"
+    )

@@ -3,11 +3,16 @@
 The order of the rows comes from the seed alone. Early stopping looks at the inner rows; test rows are not
 known here. Every trainable tensor must get a gradient in the first step: layers that are silently never
 trained are a known defect of fusion code.
+
+What takes long is kept after every epoch (``Keeper``), and goes on from there bit for bit. Where several
+processes train one head, only the encoders' work is split (``live.LiveRows``): each holds the embeddings of
+the whole batch, draws the same numbers and does the rest alike. So masks, dropout, weights, uneven last
+batches and losses that compare rows are those of one process, and gradients differ by rounding alone.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from ..configs.errors import UserError
+from ..pretrain import distributed
 from ..pretrain.optim import clip_gradients, set_lr
 from ..pretrain.schedule import ScheduleConfig, lr_at
 from .config import AdaptConfig, StoppingConfig
@@ -26,9 +32,13 @@ __all__ = [
     "EVAL_BATCH",
     "LIVE_EVAL_BATCH",
     "Diverged",
+    "Keeper",
     "Log",
+    "Tensors",
     "Training",
+    "below",
     "eval_batch",
+    "eval_chunks",
     "inner_score",
     "inner_scores",
     "logits_of",
@@ -36,8 +46,23 @@ __all__ = [
 
 EVAL_BATCH = 4096
 LIVE_EVAL_BATCH = 256
+TOKEN_EVAL_BATCH = 512  # at most: a row's tokens are hundreds of times its embedding
+COUNTERS = ("epoch", "samples_seen", "best_epoch", "best_score", "best_loss")
 WHOLE_ROWS = 8  # of a batch, so that modality dropout leaves some
 Log = Callable[[dict[str, Any]], None]
+Tensors = dict[str, Tensor]
+
+
+class Keeper(Protocol):
+    """Where a training is kept while it goes on."""
+
+    def save_epoch(self, tensors: Tensors, facts: dict[str, Any]) -> None:
+        """Keep this state in the place of the one before."""
+        ...
+
+    def load_epoch(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """The state that was kept, if there is one."""
+        ...
 
 
 class Diverged(UserError):
@@ -50,9 +75,14 @@ def logits_of(head: Head, rows: Source, *, batch_size: int = EVAL_BATCH) -> Tens
     head.eval()
     parts = [
         head(*rows.batch(chunk, tokens=head.reads_tokens)).float().cpu()
-        for chunk in torch.arange(len(rows)).split(batch_size)
+        for chunk in eval_chunks(head, len(rows), batch_size)
     ]
     return torch.cat(parts)
+
+
+def eval_chunks(head: Head, rows: int, batch_size: int) -> Sequence[Tensor]:
+    """Numbers of the rows that a head answers at once."""
+    return torch.arange(rows).split(min(batch_size, TOKEN_EVAL_BATCH) if head.reads_tokens else batch_size)
 
 
 class Training:
@@ -70,6 +100,7 @@ class Training:
         self.best_score, self.best_loss = float("-inf"), float("inf")
         self.best: list[dict[str, Tensor]] = []
         self._checked = False
+        self._told: list[dict[str, Any]] = []  # rows of this phase in the log
 
     def epochs(
         self,
@@ -79,21 +110,25 @@ class Training:
         lr: float,
         epochs: int,
         batch_size: int,
+        keeper: Keeper | None = None,
     ) -> None:
         """Train until the inner rows show no improvement for ``patience`` epochs, or ``epochs`` are over.
 
-        A phase that does not beat the one before it changes nothing in the end.
+        A phase that does not beat the one before it changes nothing in the end. ``keeper`` takes the state
+        after every epoch; where it has one, this phase goes on from it.
         """
         self.restore()
         optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
         total = epochs * len(train.rows)
         warmup = round(self.adapt.warmup_fraction * total)
         schedule = ScheduleConfig(warmup_samples=warmup)
-        seen = waited = 0
-        self._checked = False
+        done = seen = waited = 0
+        self._checked, self._told = False, []
         if self.best:
             self.best_loss = float("-inf")  # what an earlier phase made is beaten by its score alone
-        for _ in range(epochs):
+        if keeper is not None and (kept := keeper.load_epoch()) is not None:
+            done, seen, waited = self._load(*kept, optimizer)
+        while done < epochs and waited < self.stopping.patience:
             losses: list[float] = []
             self.head.train()
             for rows in self._order(train, batch_size):
@@ -109,8 +144,9 @@ class Training:
                     raise Diverged(f"{error} with lr {lr:g}; set a smaller adapt.lr") from error
                 break
             waited = 0 if better else waited + 1
-            if waited >= self.stopping.patience:
-                break
+            done += 1
+            if keeper is not None:
+                keeper.save_epoch(*self._state(optimizer, done, seen, waited))
 
     def _order(self, train: Part, batch_size: int) -> Iterator[Tensor]:
         """Rows in a new order, or drawn with replacement so that classes come up equally often; a last batch
@@ -133,6 +169,11 @@ class Training:
         loss = self.loss(features, present, targets, weights)
         optimizer.zero_grad()
         loss.backward()
+        if isinstance(train.rows, LiveRows) and train.rows.together:
+            heads = {id(p) for p in self.head.parameters()}
+            trained = [p for g in optimizer.param_groups for p in g["params"]]
+            split = [p for p in trained if id(p) not in heads]
+            distributed.sum_gradients(split, [p for p in trained if id(p) in heads])
         if not self._checked:
             self._assert_gradients(present)
         clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.adapt.clip_grad_norm)
@@ -200,6 +241,7 @@ class Training:
             {"lr": optimizer.param_groups[0]["lr"]} | self.note | {f"inner_{k}": v for k, v in scores.items()}
         )
         self.log(row)
+        self._told.append(row)
         if better or not self.best:
             self.best_score, self.best_loss, self.best_epoch = score, scores["loss"], self.epoch
             self.best = [copy.deepcopy(m.state_dict()) for m in self.modules]
@@ -230,10 +272,53 @@ class Training:
         self.best_score = self.score(inner)[0]
         self.best = [copy.deepcopy(m.state_dict()) for m in self.modules]
 
+    def _state(
+        self, optimizer: torch.optim.Optimizer, done: int, seen: int, waited: int
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """What changes while a phase goes on: weights, the best ones, moments, random states, counters."""
+        tensors: Tensors = {"random/cpu": torch.get_rng_state(), "random/order": self.order.get_state()}
+        if torch.cuda.is_initialized():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        for i, module in enumerate(self.modules):
+            tensors |= {f"now/{i}/{name}": value for name, value in module.state_dict().items()}
+            tensors |= {f"best/{i}/{name}": value for name, value in self.best[i].items()}
+        moments: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+        tensors |= {f"optimizer/{i}/{k}": v for i, entry in moments.items() for k, v in entry.items()}
+        facts = {name: getattr(self, name) for name in COUNTERS}
+        return tensors, facts | {"done": done, "seen": seen, "waited": waited, "told": self._told}
+
+    def _load(
+        self, tensors: Tensors, facts: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, int, int]:
+        """Take back what ``_state`` gave, log the epochs again, and return how far the phase has come."""
+        for i, module in enumerate(self.modules):
+            module.load_state_dict(below(tensors, f"now/{i}/"))
+        self.best = [below(tensors, f"best/{i}/") for i in range(len(self.modules))]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in below(tensors, "optimizer/").items():
+            number, _, kind = name.partition("/")
+            moments.setdefault(int(number), {})[kind] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random/cpu"])
+        self.order.set_state(tensors["random/order"])
+        if "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+        for name in COUNTERS:
+            setattr(self, name, facts[name])
+        for row in facts["told"]:
+            self.log(row)
+            self._told.append(row)
+        return facts["done"], facts["seen"], facts["waited"]
+
     def restore(self) -> None:
         """Put the best weights back."""
         for module, state in zip(self.modules, self.best, strict=False):
             module.load_state_dict(state)
+
+
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin so, without that."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def eval_batch(rows: Source) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..pretrain import distributed
 from ..pretrain.contrastive import contrastive_loss
 from .links import KEY, MISSING, PICTURE, TEXT, components
 from .metrics import Floats
@@ -68,6 +69,7 @@ def pair_loss(
         weight=weights,
         duplicates="positives",
         label_smoothing=label_smoothing,
+        group=distributed.alone(),  # this process has all rows
     )
 
 

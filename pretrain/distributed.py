@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -55,6 +55,7 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> torch.device:
 
 def teardown() -> None:
     """Leave the process group, if there is one."""
+    _alone.clear()
     if is_initialized():
         dist.destroy_process_group()
 
@@ -153,6 +154,58 @@ def reduce_scatter_rows(full: Tensor, counts: Sequence[int], group: Group = None
         return out
     start = sum(counts[: rank(group)])
     return all_reduce_sum(full, group)[start : start + counts[rank(group)]]
+
+
+class _RowsOfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: Group) -> Tensor:
+        counts = row_counts(local.shape[0], group=group)
+        start = sum(counts[: rank(group)])
+        ctx.own = slice(start, start + local.shape[0])
+        return all_gather_rows(local, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_outputs[0][ctx.own], None
+
+
+def rows_of_all(local: Tensor, group: Group = None) -> Tensor:
+    """``all_gather_rows`` with a gradient, for processes that all do the same with the rows: each passes the
+    gradient of its own rows back, which is already that of the whole; nothing is summed."""
+    if world_size(group) == 1:
+        return local
+    if torch.is_grad_enabled() and not local.requires_grad:  # all go on alike, also one that has no rows
+        local = local.detach().requires_grad_()
+    return cast(Tensor, _RowsOfAll.apply(local, group))
+
+
+def sum_gradients(split: Sequence[Tensor], whole: Sequence[Tensor] = ()) -> None:
+    """Make the gradients of parameters equal on all processes, in place: those of ``split`` are summed, those
+    of ``whole``, which every process knows by itself, are taken from the first. A parameter that has none
+    anywhere keeps none."""
+    if world_size() == 1:
+        return
+    parameters = [*split, *whole]
+    there = all_reduce_max(torch.tensor([float(p.grad is not None) for p in parameters]))
+    some = [(i, p) for i, p in enumerate(parameters) if there[i]]
+    zero = [p.grad is None or (i >= len(split) and rank() > 0) for i, p in some]
+    parts = [torch.zeros_like(p) if z else p.grad for z, (_, p) in zip(zero, some, strict=True)]
+    flat = all_reduce_sum(torch.cat([part.flatten() for part in parts if part is not None]))
+    for (_, p), total in zip(some, flat.split([p.numel() for _, p in some]), strict=True):
+        p.grad = total.view_as(p)
+
+
+_alone: list[Any] = []
+
+
+def alone() -> Group:
+    """A group of this process alone, for work that is not shared. All processes make theirs at once, in the
+    first call."""
+    if world_size() == 1:
+        return None
+    if not _alone:
+        _alone.extend([dist.new_group([number]) for number in range(world_size())])
+    return _alone[rank()]
 
 
 def pass_down(tensors: Sequence[Tensor], rows: int, group: Group = None) -> Callable[[], list[Tensor]]:

@@ -1,12 +1,10 @@
-"""What a run asks of Accelerate, DDP and FSDP: precision, placement, averaged gradients; how ranks agree."""
+"""What a run asks of Accelerate, DDP and FSDP: precision, placement, averaged gradients."""
 
 import ctypes
 import os
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +15,7 @@ from torch import nn
 from ..configs.errors import UserError
 from ..data.text import Tokenizer
 from . import distributed
+from .agree import on_rank_0, together
 from .contrastive import contrastive_loss
 from .distributed import no_sync
 from .model import ContrastiveModel, image_size
@@ -34,7 +33,6 @@ __all__ = [
     "together",
 ]
 
-T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
 """``ddp``: every process holds all parameters. ``fsdp``: every process holds its part of them."""
 
@@ -121,29 +119,3 @@ def settle_buckets(model: nn.Module, root: ContrastiveModel, tokenizer: Tokenize
         contrastive_loss(**out).backward()
     model.zero_grad()
     root.clip.load_state_dict(before)
-
-
-@contextmanager
-def together() -> Generator[None]:
-    """A UserError that any rank raises inside is raised on every rank. The block must not communicate."""
-    problem = ""
-    try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    if problems := [text for text in distributed.gather_json(problem) if text]:
-        raise UserError(problems[0])
-
-
-def on_rank_0(function: Callable[[], T]) -> T | None:
-    """Run ``function`` on rank 0 alone; its UserError is raised on every rank. Returns its value there, None
-    elsewhere."""
-    value, problem = None, ""
-    if distributed.rank() == 0:
-        try:
-            value = function()
-        except UserError as error:
-            problem = str(error)
-    if problem := distributed.broadcast_json(problem):
-        raise UserError(problem)
-    return value

@@ -13,6 +13,7 @@ from diptych.finetune.cells import Picture
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
 from diptych.finetune.live import encode_rows
 from diptych.finetune.tasks import Task
+from diptych.finetune.training import Keeper
 from diptych.pretrain.model import LoadedModel
 
 from .labelled import live_rows
@@ -53,7 +54,9 @@ def frozen(part: Part) -> Part:
     return Part(encode_rows(part.rows, part.rows.modalities), part.targets)
 
 
-def train(model: LoadedModel, *, op: Any = "image", seed: int = 0, **adapt: Any) -> tuple[Fitted, Log]:
+def train(
+    model: LoadedModel, *, op: Any = "image", seed: int = 0, keeper: Keeper | None = None, **adapt: Any
+) -> tuple[Fitted, Log]:
     """A head and these encoders trained on 160 corners."""
     given = {"epochs": 6, "batch_size": 32, "lr": 1e-2, "encoder_lr": 3e-3} | adapt
     settings = {"encoder_epochs": 6, "encoder_batch_size": 32} | given
@@ -65,6 +68,7 @@ def train(model: LoadedModel, *, op: Any = "image", seed: int = 0, **adapt: Any)
     fitted = fit(
         HeadConfig(op=op), AdaptConfig(**settings), StoppingConfig(), TASK, frozen(parts[0]),
         frozen(parts[1]), widths={"image": 24, "text": 24}, seed=seed, live=live, log=log.append,
+        keeper=keeper,
     )  # fmt: skip
     return fitted, log
 

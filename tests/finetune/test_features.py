@@ -1,5 +1,6 @@
 """Features are the encoder's own, computed once per content, and found again only for the same content."""
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,17 +135,55 @@ def test_the_encoders_fingerprint_depends_on_every_weight_and_on_the_preprocessi
 def test_an_interrupted_write_leaves_no_entry(
     tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    original, batches = LoadedModel.encode_images, list[int]()
 
-    rows = table(tmp_path, ["red.png"], ["a"])
-    monkeypatch.setattr(module.np, "save", stop)
+    def stop(self: LoadedModel, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+        batches.append(len(images))
+        if len(batches) == 2:  # the first batch is in the files by now
+            raise KeyboardInterrupt
+        return original(self, images, batch_size)
+
+    rows = table(tmp_path, ["red.png", "blue.png"], ["a", "b"])
+    monkeypatch.setattr(LoadedModel, "encode_images", stop)
     with pytest.raises(KeyboardInterrupt):
-        extract(model, rows, fingerprint="f")
+        extract(model, rows, fingerprint="f", batch_size=1)
+    assert batches == [1, 1]
     assert not list((cache_dir() / "features").iterdir())
     monkeypatch.undo()
     found, _ = extract(model, rows, fingerprint=None)
     assert np.isfinite(found.tables["image"].numpy()).all()
+
+
+def test_tables_are_the_files_themselves_and_stay_as_they_are(tmp_path: Path, model: LoadedModel) -> None:
+    """Bit for bit what is encoded without a cache, in whatever batches; no copy of them is in memory."""
+    rows = table(tmp_path, [f"{n}.png" for n in squares.NAMES[:4]], ["a", "b b b", "c", "d d"])
+    plain, _ = extract(model, rows, tokens=True, batch_size=3)
+    kept, _ = extract(model, rows, tokens=True, batch_size=3, fingerprint="f")
+    assert kept.tables.keys() == plain.tables.keys()
+    assert all(kept.tables[name].equal(value) for name, value in plain.tables.items())
+    files = sorted((cache_dir() / "features").rglob("*.npy"))
+    assert len(files) == 6
+    before = [file.read_bytes() for file in files]
+    mapped = Path("/proc/self/maps").read_text()
+    assert {file.stem for file in files if f"{file}\n" not in mapped} == {"broken"}
+    for batch in (kept.batch(torch.tensor([2, 0]), tokens=True)[0], kept.tables):
+        for value in batch.values():
+            value.zero_()  # what is done to a table or batch does not reach the file
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_an_entry_is_written_a_batch_at_a_time(tmp_path: Path) -> None:
+    """Of 32 MB no more than a few batches of 1 MB are ever in memory."""
+    rows, width = 256, 2**15
+    batches = ({"tokens": np.full((8, width), i, dtype=np.float32)} for i in range(rows // 8))
+    tracemalloc.start()
+    module._write_entry(tmp_path / "entry", rows, batches)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6
+    written = np.load(tmp_path / "entry" / "tokens.npy", mmap_mode="r")
+    assert written.shape == (rows, width)
+    assert (written[:, 0] == np.arange(rows) // 8).all()
 
 
 def test_what_another_run_kept_beside_is_not_read(tmp_path: Path, model: LoadedModel) -> None:

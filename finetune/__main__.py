@@ -1,0 +1,11 @@
+"""``torchrun -m diptych.finetune CONFIG [key=value ...]``: one process of a run, for any launcher.
+
+It is ``diptych finetune`` by another name; the command line is looked up when it runs, since nothing in
+``finetune`` depends on ``cli``.
+"""
+
+import sys
+from importlib import import_module
+
+if __name__ == "__main__":
+    sys.exit(import_module("diptych.cli.main").main(["finetune", *sys.argv[1:]]))
