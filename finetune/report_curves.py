@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from .config import SINGLE
 from .curves import pr_points, roc_points, stepped, thinned
 from .intervals import paired_intervals
 from .metrics import Floats, Ints
@@ -36,7 +35,8 @@ def curve_section(found: Predictions, results: Mapping[str, Any], head: str, *, 
     if task.type == "ordinal":
         return ""
     if task.type == "binary":
-        singles = [name for name in found.p if name in SINGLE]
+        heads = results.get("heads", {})
+        singles = [name for name in found.p if heads.get(name, {}).get("stage") == "single"]
         names = list(dict.fromkeys([head, *singles]))
         positive = found.targets == 1
         curves = [(name, positive, found.p[name][:, 1]) for name in names]
