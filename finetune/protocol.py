@@ -14,6 +14,7 @@ goes on where it stopped, and trains anew only what has changed. Several process
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,8 @@ def _finetune(config: FinetuneConfig, progress: Progress, say: Say) -> dict[str,
     journal.finish()
     if distributed.rank() == 0:
         atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
+        for session in sessions:  # also of heads that the config no longer has
+            shutil.rmtree(session.place / "training", ignore_errors=True)
     return result
 
 
