@@ -79,7 +79,8 @@ def fit(
     ``live``: the training and inner rows with a model that may be changed, for all methods but
     ``linear_probe``. ``pooled``: modalities of several vectors per row, which the head pools. ``init_seed``:
     gives the head's initial weights in the place of ``seed``. ``log`` gets one row per epoch: ``epoch``,
-    ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``. ``start`` gives a new head what it takes from the encoders, see ``start_joint``.
+    ``samples_seen``, ``loss``, ``lr``, ``inner_loss`` and ``inner_<metric>``. ``start`` gives a new head what
+    it takes from the encoders, see ``start_joint``.
     """
     task = task.fitted(train.targets)
     train = replace(train, weights=task.weights(train.targets, train.weights))

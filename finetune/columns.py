@@ -221,7 +221,7 @@ def column_features(rows: Rows, states: Mapping[str, ColumnState]) -> FeatureRow
     for k, state in states.items():
         cells = rows.cells[k]
         there = torch.tensor([cell is not None for cell in cells], dtype=torch.bool)
-        vectors = state.encode([cell for cell in cells if cell is not None], rows.source)
+        vectors = state.encode([cell for cell in cells if cell is not None], f"{rows.source}: {k}")
         tables[k] = torch.from_numpy(vectors)
         index[k] = torch.where(there, there.long().cumsum(0) - 1, -1)
     return FeatureRows(tables, index)

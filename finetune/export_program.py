@@ -15,6 +15,7 @@ from open_clip.transformer import TextTransformer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from ..configs.errors import UserError
 from ..pretrain.model import LoadedModel, load_model
@@ -120,16 +121,17 @@ class Fused(nn.Module):
         token_ids: Tensor | None = None,
         image_present: Tensor | None = None,
         text_present: Tensor | None = None,
-        **columns: Tensor,
+        columns: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """float32 [b, C]: probabilities, for regression the answers [b, 1].
 
-        image: float32 [b, 3, S, S], normalised; token_ids: int64 [b, L], padded; columns: of each modality
-        without encoder its vectors float32 [b, W] under its name; image_present, text_present, ..: bool [b].
-        What stands in a missing slot changes nothing.
+        image: float32 [b, 3, S, S], normalised; token_ids: int64 [b, L], padded; image_present, text_present:
+        bool [b]; columns: of each modality without encoder its vectors float32 [b, W] under its name, and
+        ``NAME_present`` bool [b]. What stands in a missing slot changes nothing.
         """
         given = {"image": image_present, "text": text_present}
         present = {k: v for k, v in given.items() if v is not None}
+        columns = columns or {}
         vectors = {k: v for k, v in columns.items() if not k.endswith("_present")}
         present |= {k: columns[f"{k}_present"] for k in vectors}
         features = [cast(Encoders, e).features(image, token_ids, vectors, present) for e in self.encoders]
@@ -167,7 +169,7 @@ def trace(fused: Fused, predictor: Predictor) -> Any:
     try:
         with torch.no_grad(), _plain_attention():
             return torch.export.export(
-                fused.eval(), (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}, strict=False
+                fused.eval(), (), inputs, dynamic_shapes=tree_map(lambda _: {0: batch}, inputs), strict=False
             )
     except Exception as error:  # torch.export has a zoo of them
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -203,7 +205,7 @@ def _document(predictor: Predictor, model: LoadedModel) -> dict[str, Any]:
         "text": {"token_ids": f"int64 [b, {length}]", "text_present": "bool [b]"},
     }
     shapes |= {
-        k: {k: f"float32 [b, {state.width}]", f"{k}_present": "bool [b]"}
+        k: {f"columns.{k}": f"float32 [b, {state.width}]", f"columns.{k}_present": "bool [b]"}
         for k, state in predictor.states.items()
     }
     return {
@@ -226,10 +228,10 @@ def inputs_of(
     images: list[Tensor | None],
     texts: list[str | None],
     columns: FeatureRows | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """A program's inputs from uint8 [3, S, S] pixels and texts, None where a modality is missing, and the
     vectors of modalities without encoder."""
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Any] = {}
     if "image" in predictor.modalities:
         blank = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
         inputs["image"] = model.model.pixels(torch.stack([blank if x is None else x for x in images]))
@@ -243,11 +245,11 @@ def inputs_of(
         inputs["text_present"] = torch.tensor([x is not None for x in texts])
     if columns is not None:
         vectors, present = columns.batch(torch.arange(len(columns)))
-        inputs |= vectors | {f"{k}_present": there for k, there in present.items()}
+        inputs["columns"] = vectors | {f"{k}_present": there for k, there in present.items()}
     return inputs
 
 
-def _random_rows(predictor: Predictor, model: LoadedModel, n: int) -> tuple[dict[str, Tensor], Columns]:
+def _random_rows(predictor: Predictor, model: LoadedModel, n: int) -> tuple[dict[str, Any], Columns]:
     """A program's inputs for n random rows, and the same rows as a table: the first one has all modalities,
     then one after the other is missing in turn."""
     draw = random.Random(n)

@@ -84,7 +84,7 @@ class HeadConfig(StrictModel):
         for key, value in data.items():
             if key in cls.model_fields and key not in (*own, "op", "adapt") and value is not None:
                 known = ", ".join(own) or "none"
-                what = data["op"] if data["op"] in OPTIONS else f"{data['op']}, as of one modality alone,"
+                what = data["op"] if data["op"] in OPTIONS else f"a modality alone, as {data['op']}"
                 raise ValueError(f"{key} is no option of {what} (its options: {known}); remove it")
         if data["op"] == "joint":  # pretrained blocks
             data = data | {"adapt": {"lr": 1e-4} | (data.get("adapt") or {})}

@@ -141,9 +141,8 @@ def parse_rows(
     cells = _cells(config, columns, where, folder, column, partly=not labelled)
     for i in range(n):
         if all(some[i] is None for some in cells.values()):
-            raise UserError(
-                f"{where[i]} has neither {' nor '.join(config.modalities)}; fill a cell or remove it"
-            )
+            named = f"{'neither ' if len(cells) > 1 else 'no '}{' nor '.join(cells)}"
+            raise UserError(f"{where[i]} has {named}; fill a cell or remove it")
     rows = Rows(source, ids, dict(config.modalities), cells, first=first)
     if target is None:
         return rows
