@@ -20,15 +20,15 @@ KINDS = {"open_clip": "open_clip 3.3.0", "exact": "exact", "masked": "half of th
 COLOURS = {"open_clip": "#8a8f98", "exact": "#2f6fb3", "masked": "#d9822b"}
 
 
-def newest(benchmark: str, key: str | None = None, results: Path = RESULTS) -> list[Row]:
-    """The newest row, or the newest of each value of ``key``, in order of first appearance; without those of
-    --quick runs."""
+def newest(benchmark: str, keys: tuple[str, ...] = (), results: Path = RESULTS) -> list[Row]:
+    """The newest row of each combination of values of ``keys``, in order of first appearance; without those
+    of --quick runs."""
     file = results / f"{benchmark}.jsonl"
     found: dict[Any, Row] = {}
     for line in file.read_text().splitlines() if file.is_file() else []:
         row = json.loads(line)
         if row.get("model") != "quick" and not row.get("quick"):
-            found[row.get(key) if key else None] = row
+            found[tuple(row.get(key) for key in keys)] = row
     return list(found.values())
 
 
@@ -44,16 +44,29 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
+def steps(results: Path) -> list[Row]:
+    """The newest of each model on each machine, model by model."""
+    rows = newest("train_step", ("model", "machine"), results)
+    first = list(dict.fromkeys(row["model"] for row in rows))
+    return sorted(rows, key=lambda row: first.index(row["model"]))
+
+
+def maker(row: Row) -> str:
+    """Whose processor a row was measured on."""
+    return "AMD" if "AMD" in row["machine"] else "Intel" if "Intel" in row["machine"] else row["machine"]
+
+
 def step_table(results: Path) -> str:
     """Speeds, memory and roof of a step."""
     lines: list[list[Any]] = []
-    for row in newest("train_step", "model", results):
+    for row in steps(results):
         for kind, label in KINDS.items():
             suffix = {"open_clip": "_open_clip", "exact": "", "masked": "_masked"}[kind]
             speedup = row.get(f"speedup_{kind}")
             lines.append(
                 [
                     f"{row['model']}, batch {row['batch_size']}",
+                    maker(row),
                     label,
                     row["samples_per_cpu_second"][kind],
                     f"**{speedup:.2f}**" if speedup else "1",
@@ -63,15 +76,18 @@ def step_table(results: Path) -> str:
                     row[f"roof_ratio{suffix}"],
                 ]
             )
-    head = ["model", "step", "samples / CPU s", "times open_clip", "peak MiB", "of open_clip's"]
+    head = ["model", "CPU", "step", "samples / CPU s", "times open_clip", "peak MiB", "of open_clip's"]
     return table([*head, "GFLOP / sample", "times its roof"], lines)
 
 
 def difference_table(results: Path) -> str:
-    rows = newest("train_step", "model", results)
-    lines = [[row["model"], f"{row['difference_fp64']:.1e}", row["gemm_gflops"]] for row in rows]
+    rows = steps(results)
+    lines = [
+        [row["model"], row["machine"], f"{row['difference_fp64']:.1e}", row["gemm_gflops"]] for row in rows
+    ]
     head = [
         "model",
+        "machine",
         "largest difference of a parameter after 5 steps in fp64",
         "GEMM peak, GFLOP/s, one thread",
     ]
@@ -80,16 +96,19 @@ def difference_table(results: Path) -> str:
 
 def shares_table(results: Path) -> str:
     """Where the processor time of a step goes."""
-    rows = newest("train_step", "model", results)
-    head = ["share of the step"] + [f"{row['model']} {KINDS[kind]}" for row in rows for kind in KINDS]
+    rows = steps(results)
     parts = list(rows[0]["shares"]["exact"]) if rows else []
-    lines = [[part, *(f"{r['shares'][kind][part]:.1%}" for r in rows for kind in KINDS)] for part in parts]
-    return table(head, lines)
+    lines = [
+        [row["model"], maker(row), KINDS[kind], *(f"{row['shares'][kind][part]:.1%}" for part in parts)]
+        for row in rows
+        for kind in KINDS
+    ]
+    return table(["model", "CPU", "step", *parts], lines)
 
 
 def end_to_end_table(results: Path) -> str:
     lines: list[list[Any]] = []
-    for row in newest("end_to_end", "model", results):
+    for row in newest("end_to_end", ("model",), results):
         speedups = {
             "open_clip": "1",
             "exact": f"**{row['speedup']:.2f}**",
@@ -104,15 +123,44 @@ def end_to_end_table(results: Path) -> str:
 def loss_table(results: Path) -> str:
     lines = [
         [row["batch"], row.get("speedup"), row.get("memory_ratio")]
-        for row in newest("loss", "batch", results)
+        for row in newest("loss", ("batch",), results)
     ]
     return table(["batch", "times ClipLoss's speed", "peak memory, share of ClipLoss's"], lines)
+
+
+def ranks_table(results: Path) -> str:
+    """The loss over several processes: what each way moves, takes and holds."""
+    row = newest("loss", (), results)[-1]
+    names = {"open_clip": "open_clip 3.3.0, local loss", "gather": "gather", "ring": "ring"}
+    lines = [
+        [
+            int(ranks),
+            label,
+            of["mb_moved"][kind],
+            of["cpu_s"][kind],
+            of.get(f"speedup_{kind}", 1),
+            of["wall_s"][kind],
+            of["mib"][kind],
+        ]
+        for ranks, of in row["ranks"].items()
+        for kind, label in names.items()
+    ]
+    head = [
+        "processes",
+        "exchange",
+        "MB moved by each",
+        "CPU s in all",
+        "times open_clip",
+        "wall s",
+        "peak MiB",
+    ]
+    return table(head, lines)
 
 
 def scalars_table(benchmark: str, results: Path) -> str:
     """All plain numbers of the newest row."""
     skip = ("benchmark", "date", "machine")
-    rows = newest(benchmark, None, results)
+    rows = newest(benchmark, (), results)
     plain = [
         [k, v] for row in rows for k, v in row.items() if k not in skip and not isinstance(v, (dict, list))
     ]
@@ -121,7 +169,7 @@ def scalars_table(benchmark: str, results: Path) -> str:
 
 def accuracy_table(results: Path) -> str:
     lines: list[list[Any]] = []
-    for row in newest("time_to_accuracy", None, results):
+    for row in newest("time_to_accuracy", (), results):
         end = row["open_clip_s"]
         lines.append(["open_clip's recipe", f"{end:.0f}", f"{row['target_score']:.3f}", f"{end:.0f}", "1"])
         for line in row["table"]:
@@ -147,6 +195,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "shares": ("train_step", shares_table),
     "end_to_end": ("end_to_end", end_to_end_table),
     "loss": ("loss", loss_table),
+    "ranks": ("loss", ranks_table),
     "grad_cache": ("grad_cache", lambda results: scalars_table("grad_cache", results)),
     "compile": ("compile", lambda results: scalars_table("compile", results)),
     "time_to_accuracy": ("time_to_accuracy", accuracy_table),
@@ -156,7 +205,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
 def fill(text: str, results: Path = RESULTS) -> str:
     """The document with its blocks written anew."""
     for name, (benchmark, make) in BLOCKS.items():
-        if newest(benchmark, None, results):
+        if newest(benchmark, (), results):
             block = f"<!-- begin {name} -->\n\n{make(results)}\n\n<!-- end {name} -->"
             pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"
             text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
@@ -178,22 +227,24 @@ def svg(results: Path = RESULTS) -> str:
 
 def _bars(left: int, results: Path) -> list[str]:
     bars: list[tuple[str, str, float]] = []
-    for row in newest("train_step", "model", results):
-        bars += [(row["model"], kind, row[f"speedup_{kind}"]) for kind in ("exact", "masked")]
-    for row in newest("end_to_end", "model", results):
+    for row in steps(results):
+        bars += [
+            (f"{row['model']} {maker(row)}", kind, row[f"speedup_{kind}"]) for kind in ("exact", "masked")
+        ]
+    for row in newest("end_to_end", ("model",), results):
         bars += [("whole run", "exact", row["speedup"]), ("whole run", "masked", row["speedup_masked"])]
     out = [f'<text x="{left}" y="24" font-size="14">Samples per CPU second, open_clip = 1</text>']
     widest = max([value for *_, value in bars], default=1.0)
     for i, (name, kind, value) in enumerate(bars):
-        y, width = 44 + 34 * i, 230 * value / widest
+        y, width = 40 + 22 * i, 190 * value / widest
         label = name if i % 2 == 0 else ""
         out += [
-            f'<text x="{left}" y="{y + 16}">{label}</text>',
-            f'<rect x="{left + 90}" y="{y}" width="{width:.1f}" height="24" fill="{COLOURS[kind]}"/>',
-            f'<text x="{left + 96 + width:.1f}" y="{y + 16}">{value:.2f}</text>',
+            f'<text x="{left}" y="{y + 13}">{label}</text>',
+            f'<rect x="{left + 120}" y="{y}" width="{width:.1f}" height="17" fill="{COLOURS[kind]}"/>',
+            f'<text x="{left + 126 + width:.1f}" y="{y + 13}">{value:.2f}</text>',
         ]
     for i, kind in enumerate(("exact", "masked")):
-        x = left + 90 + 90 * i
+        x = left + 120 + 90 * i
         out += [
             f'<rect x="{x}" y="272" width="12" height="12" fill="{COLOURS[kind]}"/>',
             f'<text x="{x + 18}" y="282">{KINDS[kind]}</text>',
@@ -202,7 +253,7 @@ def _bars(left: int, results: Path) -> list[str]:
 
 
 def _curves(left: int, results: Path) -> list[str]:
-    rows = newest("time_to_accuracy", None, results)
+    rows = newest("time_to_accuracy", (), results)
     out = [f'<text x="{left}" y="24" font-size="14">Held-out retrieval score over CPU seconds</text>']
     if not rows:
         return out

@@ -58,7 +58,9 @@ def of_labels(name: str, targets: np.ndarray, p: np.ndarray) -> float:
         some = (targets.sum(0) + said.sum(0)) > 0
         if not some.any():
             return float("nan")
-        return float(np.mean([sk.f1_score(targets[:, c], said[:, c], zero_division=0) for c in np.flatnonzero(some)]))
+        return float(
+            np.mean([sk.f1_score(targets[:, c], said[:, c], zero_division=0) for c in np.flatnonzero(some)])
+        )
     if name == "lrap":
         return float(sk.label_ranking_average_precision_score(targets, p))
     return pooled_gap(p.ravel(), targets.ravel())

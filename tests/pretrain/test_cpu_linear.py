@@ -28,9 +28,19 @@ def after_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.gelu(x), weight, bias)
 
 
+@pytest.fixture(params=["amd", "intel"])
+def vendor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to multiply, on whatever machine this is."""
+    if request.param == "amd" and cpu_linear._onednn is None:  # pyright: ignore[reportPrivateUsage]
+        pytest.skip("this torch has no oneDNN product")
+    monkeypatch.setattr(cpu_linear, "_onednn_pays", lambda: request.param == "amd")
+    return request.param
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 1, 4), (0,)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), [(linear, F.linear), (gelu_linear, after_gelu)])
+@pytest.mark.usefixtures("vendor")
 def test_outputs_and_gradients_equal_torchs(
     ours: Any, theirs: Any, shape: tuple[int, ...], bias: bool
 ) -> None:
@@ -46,6 +56,7 @@ def test_outputs_and_gradients_equal_torchs(
 
 @pytest.mark.parametrize(("ours", "theirs"), [(linear, F.linear), (gelu_linear, after_gelu)])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.usefixtures("vendor")
 def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(ours: Any, theirs: Any, frozen: int) -> None:
     given = [torch.randn(4, 8), torch.randn(3, 8), torch.randn(3)]
     for i, tensor in enumerate(given):
@@ -127,7 +138,10 @@ def test_layers_keep_their_parameters_and_half_precision_runs_as_ever() -> None:
         assert layers[0](x).dtype == torch.bfloat16
 
 
-def test_a_torch_without_the_product_runs_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "_product", None)
+def test_intels_processors_and_a_torch_without_onednn_run_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "_onednn", None)
+    cpu_linear._onednn_pays.cache_clear()  # pyright: ignore[reportPrivateUsage]
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert linear(x, weight, None).equal(F.linear(x, weight))
+    assert gelu_linear(x, weight, None).equal(after_gelu(x, weight, None))
+    cpu_linear._onednn_pays.cache_clear()  # pyright: ignore[reportPrivateUsage]
