@@ -305,7 +305,7 @@ def _encoded(model: LoadedModel, head: Head, k: str, side: _Side) -> dict[str, T
     if k == "image":
         if head.reads_tokens:
             return {"image_tokens": project_image(model, model.patch_tokens(side.inputs))}
-        return {"image": F.normalize(_plain(clip.visual(side.inputs)), dim=-1)}
+        return {"image": _embedding(model, k, clip.visual(side.inputs))}
     longest, lengths = max(side.lengths), torch.tensor(side.lengths, device=model.device)
     mask = torch.arange(longest, device=model.device) < lengths[:, None]
     if head.reads_inputs:
@@ -313,11 +313,14 @@ def _encoded(model: LoadedModel, head: Head, k: str, side: _Side) -> dict[str, T
     if head.reads_tokens:
         tokens = project_text(clip.text, model.word_tokens(side.inputs))[:, :longest]
         return {"text_tokens": tokens, "text_mask": mask}
-    return {"text": F.normalize(_plain(clip.text(side.inputs)), dim=-1)}
+    return {"text": _embedding(model, k, clip.text(side.inputs))}
 
 
-def _plain(features: Any) -> Tensor:
-    return features[0] if isinstance(features, tuple) else features
+def _embedding(model: LoadedModel, k: str, features: Any) -> Tensor:
+    """What a head reads of a tower's output; encoders may name the modalities that are brought to length
+    1."""
+    features = features[0] if isinstance(features, tuple) else features
+    return F.normalize(features, dim=-1) if k in getattr(model, "normalized", ENCODED) else features
 
 
 def _values(task: Task, logits: Tensor, classes: Tensor | None) -> Tensor:
