@@ -63,7 +63,7 @@ def answers_of(cells: Sequence[Any], separator: str | None, column: str, source:
 def vocabulary(answers: Sequence[Sequence[str]], rows: Ints, *, most: int, min_rows: int) -> list[str]:
     """The answers that most questions among ``rows`` have, at least ``min_rows`` of them; of equals the first
     by name."""
-    counts: Counter[str] = Counter(answer for i in rows.tolist() for answer in set(answers[i]) if answer)
+    counts: Counter[str] = Counter(answer for i in map(int, rows) for answer in set(answers[i]) if answer)
     ranked = sorted(counts, key=lambda answer: (-counts[answer], answer))
     return [answer for answer in ranked[:most] if counts[answer] >= min_rows]
 
