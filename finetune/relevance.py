@@ -115,7 +115,8 @@ def _image_tower(visual: Any) -> _Tower:
 def _text_tower(text: Any) -> _Tower:
     """Raises NoAttention."""
     if isinstance(text, HFTextEncoder):
-        layers, pad = int(text.config.num_hidden_layers), text.config.pad_token_id
+        config: Any = text.config
+        layers, pad = int(config.num_hidden_layers), config.pad_token_id
         if isinstance(text.pooler, MeanPooler):
             return _Tower(layers, lambda ids, n: F.normalize((ids[:, :n] != pad).float(), p=1, dim=1))
         if isinstance(text.pooler, ClsPooler | ClsLastHiddenStatePooler):

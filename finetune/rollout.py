@@ -124,7 +124,7 @@ def evidence(value: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
     """E [b, n, m] of every map, given v [b], whose rows do not look at each other."""
     if not maps:
         return []
-    grads = torch.autograd.grad(value.sum(), list(maps), allow_unused=True, retain_graph=True)
+    grads: Any = torch.autograd.grad(value.sum(), list(maps), allow_unused=True, retain_graph=True)
     return [
         torch.zeros_like(a[:, 0]) if g is None else (g * a).clamp_min(0).mean(1).detach()
         for a, g in zip(maps, grads, strict=True)
