@@ -17,7 +17,7 @@ from ..configs.errors import UserError
 from ..pretrain.model import Encoders
 from ..pretrain.retrieval import top_k
 from .cells import PictureFolder
-from .columns import column_features, read_states
+from .columns import ColumnState, column_features, read_states
 from .config import LabelledDataConfig, ModalityConfig
 from .explain import Explanation, coalitions, explained_class, shapley, values_of
 from .features import FeatureRows, Progress, extract, silent
@@ -41,7 +41,13 @@ class Predictor:
     """A fine-tuned head with its encoders, all seeds averaged."""
 
     def __init__(
-        self, run: Path, info: Mapping[str, Any], name: str, saved: list[SavedHead], device: torch.device
+        self,
+        run: Path,
+        info: Mapping[str, Any],
+        name: str,
+        saved: list[SavedHead],
+        device: torch.device,
+        states: Mapping[str, ColumnState] | None = None,
     ) -> None:
         self.run = run
         self.head = name
@@ -53,8 +59,7 @@ class Predictor:
         """Class names in the order of ``predict_proba``'s columns."""
         self.modalities: dict[str, ModalityConfig] = declared_in(info["modalities"])
         """The modalities and their columns."""
-        document = read_json(run / "heads" / name / "head.json")
-        self.states = read_states(document.get("columns", {}))
+        self.states = dict(states or {})
         """How cells of modalities without encoder become vectors."""
         self.has_weights = has_weights(saved[0].head)
         """Whether the head weighs its modalities."""
@@ -92,7 +97,8 @@ class Predictor:
         saved = read_head(
             run / "heads" / name, info["widths"], info["token_widths"], task, info.get("pooled", ())
         )
-        return cls(run, info, name, saved, place)
+        states = read_states(read_json(run / "heads" / name / "head.json").get("columns", {}))
+        return cls(run, info, name, saved, place, states)
 
     @property
     def saved(self) -> list[SavedHead]:
