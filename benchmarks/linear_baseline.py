@@ -25,7 +25,7 @@ from diptych.finetune.intervals import paired_intervals
 from diptych.finetune.session import Session, open_sessions
 
 KINDS = (*SINGLE, "both")
-STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+STRENGTHS = (0.001, 0.003, 0.01)
 """scikit-learn's C; the smaller, the more is penalised."""
 
 
@@ -43,7 +43,7 @@ def features(session: Session, kind: str, rows: Any) -> Any:
 
 def fitted(strength: float, x: Any, y: Any) -> LogisticRegression:
     """One model; ``strength`` is scikit-learn's C."""
-    return LogisticRegression(C=strength, max_iter=300).fit(x, y)
+    return LogisticRegression(C=strength, max_iter=200).fit(x, y)
 
 
 def answer(session: Session, kind: str) -> tuple[float, Any]:

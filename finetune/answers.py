@@ -131,7 +131,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _answers(predictor: Predictor, p: Floats, explanation: Explanation | None, *, as_text: bool) -> Columns:
-    said = predictor.named(p)
+    said: list[Any] = predictor.named(p)
     if predictor.task.type == "retrieval":  # a row without both modalities has no cosine
         said = [None if value != value else value for value in said]
     if predictor.task.type == "multilabel" and as_text:

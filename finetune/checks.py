@@ -100,7 +100,7 @@ def _extremes(task: Task, targets: Targets) -> tuple[Floats, Floats]:
     """Answers [n, C] that are all right, and ones that are all wrong."""
     if task.type == "regression":
         return targets[:, None], (2 * targets.max() + 1 - targets)[:, None]
-    if task.type == "multilabel":
+    if task.type in ("multilabel", "vqa"):
         return targets.astype(np.float64), 1.0 - targets
     known = np.eye(len(task.classes))
     return known[targets], known[(targets + 1) % len(task.classes)]

@@ -211,7 +211,9 @@ class FinetuneConfig(StrictModel):
                     f"heads.{name}: {head.op} gives no vectors to compare, which retrieval needs; use "
                     "similarity"
                 )
-            if head.op == "similarity" and self.task.type in ("multiclass", "multilabel"):
+            if self.task.type == "vqa" and head.rule in ("vote", "stacking"):
+                raise ValueError(f"heads.{name}.rule: {head.rule} needs one class per row; give mean")
+            if head.op == "similarity" and self.task.type in ("multiclass", "multilabel", "vqa"):
                 raise ValueError(
                     f"heads.{name}: similarity is one number, which answers binary, ordinal and regression "
                     "tasks alone; remove it"
@@ -284,7 +286,7 @@ class FinetuneConfig(StrictModel):
             raise ValueError(f"data.modalities: {self.task.type} is about single pictures; remove the pool")
         if self.task.type == "retrieval" and self.eval.calibration != "none":
             raise ValueError("eval.calibration: retrieval has no probabilities to calibrate; use none")
-        if self.task.type in ("multilabel", "regression", "retrieval", "matching") and any(
+        if self.task.type not in ("binary", "multiclass", "ordinal") and any(
             self.adapt_of(name).sampling == "balanced" for name in self.all_heads()
         ):
             raise ValueError(

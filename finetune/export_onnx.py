@@ -17,7 +17,7 @@ from .export import NOTE, Say
 from .export_program import BATCHES, Fused, difference, document, refuse_inputs, trace
 from .predictor import Predictor
 
-__all__ = ["GRAPH", "OPSET", "write_onnx"]
+__all__ = ["GRAPH", "OPSET", "OUTPUT", "open_session", "quiet", "write_onnx"]
 
 GRAPH = "model.onnx"
 OPSET = 18
@@ -35,7 +35,7 @@ def needed(name: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """The exporter and its optimizer talk; what goes wrong is raised."""
     named = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in named]
@@ -65,7 +65,7 @@ def write_onnx(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]
     say("translating to ONNX")
     size = sum(p.numel() * p.element_size() for p in fused.parameters())
     try:
-        with _quiet():
+        with quiet():
             made: Any = torch.onnx.export(
                 program, (), dynamo=True, opset_version=OPSET, output_names=[OUTPUT], verbose=False
             )

@@ -111,7 +111,8 @@ class PaddedEncoders(nn.Module):
         for name, value in found.items():
             k = name if name in present else name.partition("_")[0]
             there = present[k].view(-1, *[1] * (value.ndim - 1))
-            found[name] = torch.where(there, value, torch.zeros_like(value))
+            mask = value.dtype == torch.bool  # of which onnxruntime has no torch.where
+            found[name] = value & there if mask else torch.where(there, value, torch.zeros_like(value))
             if name.endswith("_tokens"):  # the predictor keeps them so
                 found[name] = found[name].half()
         return found

@@ -148,10 +148,7 @@ def piece_of(session: Session, name: str, seed: int, *, writes: bool = True) -> 
 
 def remove_pieces(session: Session, name: str) -> None:
     """Forget what was kept of the trainings of a head that is saved now."""
-    folder = session.place / "training"
-    shutil.rmtree(folder / name, ignore_errors=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    shutil.rmtree(session.place / "training" / name, ignore_errors=True)
 
 
 def train_seed(

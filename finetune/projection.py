@@ -36,8 +36,9 @@ class Vectors(Head):
         if project:
             self.log_scale = nn.Parameter(log_scale)
             for k in self.modalities:
-                self.change[k] = nn.Linear(widths[k], widths[k], bias=False)
-                nn.init.zeros_(self.change[k].weight)
+                change = nn.Linear(widths[k], widths[k], bias=False)
+                nn.init.zeros_(change.weight)
+                self.change[k] = change
         else:
             self.register_buffer("log_scale", log_scale)
 

@@ -15,6 +15,7 @@ share encoding and training (see ``deal``); the first one chooses, scores and wr
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,8 @@ def _finetune(config: FinetuneConfig, progress: Progress, say: Say) -> dict[str,
     journal.finish()
     if distributed.rank() == 0:
         atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
+        for session in sessions:  # also of heads that the config no longer has
+            shutil.rmtree(session.place / "training", ignore_errors=True)
     return result
 
 

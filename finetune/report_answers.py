@@ -16,6 +16,8 @@ from .saved import read_json
 
 __all__ = ["answer_sections"]
 
+DRAWN = ("binary", "multiclass", "multilabel", "ordinal", "regression")
+"""Types of tasks whose answers are drawn."""
 GATED = 256
 """Rows whose gates are computed at most."""
 
@@ -23,6 +25,8 @@ GATED = 256
 def answer_sections(folder: Path, results: Mapping[str, Any]) -> str:
     """The sections of a run's recommended head; a line where they cannot be had."""
     head = str(results.get("best"))
+    if results.get("type") not in DRAWN:
+        return ""
     try:
         found = read_predictions(folder, results)
     except Unreadable as error:

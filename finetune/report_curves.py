@@ -35,7 +35,8 @@ def curve_section(found: Predictions, results: Mapping[str, Any], head: str, *, 
     if task.type == "ordinal":
         return ""
     if task.type == "binary":
-        singles = [name for name in found.p if results["heads"].get(name, {}).get("stage") == "single"]
+        heads = results.get("heads", {})
+        singles = [name for name in found.p if heads.get(name, {}).get("stage") == "single"]
         names = list(dict.fromkeys([head, *singles]))
         positive = found.targets == 1
         curves = [(name, positive, found.p[name][:, 1]) for name in names]

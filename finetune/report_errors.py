@@ -19,7 +19,7 @@ from .predictor import Predictor
 from .relevance import Member, Relevance, relevance_of, shares
 from .report_html import encoded, missing, text
 from .report_predictions import Predictions, Unreadable
-from .saved import open_encoder, read_json
+from .saved import read_json
 
 __all__ = ["Mistake", "error_section", "mistakes"]
 
@@ -108,44 +108,57 @@ def error_section(
         return "".join(parts) + f'<div class="errors">{"".join(cards)}</div>'
     rows, number = table
     places = [number.get(found.ids[one.row]) for one in chosen]
-    preprocess, reader, pictures = _preprocess(folder), PictureReader(), dict[int, Any]()
-    for i in dict.fromkeys(place for place in places if place is not None):
-        pictures[i] = _seen(rows.cells.get("image", [None] * len(rows))[i], preprocess, reader)
-    seen = [i is not None and not isinstance(pictures[i], str) for i in places]
-    told, notes = _relevance(folder, found, head, rows, chosen, places, seen)
+    cards, notes = _cards(folder, found, head, rows, chosen, places)
     parts += [f'<p class="missing">{text(note)}</p>' for note in notes]
+    return "".join(parts) + f'<div class="errors">{"".join(cards)}</div>'
+
+
+def _cards(
+    folder: Path,
+    found: Predictions,
+    head: str,
+    rows: Rows,
+    chosen: Sequence[Mistake],
+    places: Sequence[int | None],
+) -> tuple[list[str], list[str]]:
+    """A card per error, and what cannot be told, a line each. ``places``: the rows' numbers in the table."""
+    told, notes = list[Relevance | None]([None] * len(chosen)), list[str]()
+    predictor, reader, pictures = None, PictureReader(), dict[int, Any]()
+    try:
+        predictor = Predictor.load(folder, head=None if found.fold is not None else head)
+        predictor.model(predictor.encoders[0])
+    except UserError as error:
+        predictor = None
+        notes.append(f"Without pictures and relevance: {error}.")
+    if predictor is not None:
+        for i in dict.fromkeys(place for place in places if place is not None):
+            pictures[i] = _seen(rows.cells.get("image", [None] * len(rows))[i], predictor, reader)
+        seen = [i is not None and not isinstance(pictures[i], str) for i in places]
+        told, notes = _relevance(folder, predictor, found, head, rows, chosen, places, seen)
+    cards: list[str] = []
     for one, i, relevance in zip(chosen, places, told, strict=True):
         words = None if i is None or "text" not in rows.cells else rows.cells["text"][i]
-        picture = None if i is None else pictures[i]
+        picture = None if i is None else pictures.get(i)
         gone = "" if i is not None else "The table has no such row any more."
-        parts.append(_card(found, one, picture, words, gone, relevance))
-    first = len(parts) - len(chosen)
-    return "".join(parts[:first]) + f'<div class="errors">{"".join(parts[first:])}</div>'
-
-
-def _preprocess(folder: Path) -> dict[str, Any]:
-    """How the run's encoders see pictures, so that patches lie where they were read."""
-    try:
-        model = open_encoder(folder / "encoder")
-    except UserError:
-        return {}
-    known = dict(model.config["preprocess_cfg"] or {})
-    if known.get("resize"):  # before a crop of the side that the encoder reads
-        known["resize"] = round(known["resize"] * SIDE / model.image_size)
-    return known
+        cards.append(_card(found, one, picture, words, gone, relevance))
+    return cards, notes
 
 
 def _seen(
-    pictures: tuple[Picture, ...] | None, preprocess: Mapping[str, Any], reader: PictureReader
+    pictures: tuple[Picture, ...] | None, predictor: Predictor, reader: PictureReader
 ) -> bytes | str | None:
-    """The row's first picture as the model saw it, sharper, as a JPEG; None where there is none, or why it
-    cannot be shown."""
+    """The row's first picture as the encoders see it, so that patches lie where they were read, but sharper,
+    as a JPEG; None where there is none, or why it cannot be shown."""
     if pictures is None:
         return None
+    model = predictor.model(predictor.encoders[0])
+    preprocess = dict(model.config["preprocess_cfg"] or {})
+    if preprocess.get("resize"):  # before a crop of the side that the encoders read
+        preprocess["resize"] = round(preprocess["resize"] * SIDE / model.image_size)
     names = ("resize_mode", "interpolation", "fill_color", "resize")
     known = {k: preprocess[k] for k in names if k in preprocess}
     try:
-        pixels = eval_image(reader.read(pictures[0]), SIDE, **known)
+        pixels = eval_image(reader.read(pictures[0]), SIDE, max_pixels=predictor.max_pixels, **known)
     except (BrokenPicture, DecodeError, UserError) as error:
         return f"The picture cannot be shown: {' '.join(str(error).split())[:120]}."
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), mode="RGB")
@@ -159,6 +172,7 @@ def _seen(
 
 def _relevance(
     folder: Path,
+    predictor: Predictor,
     found: Predictions,
     head: str,
     rows: Rows,
@@ -174,7 +188,6 @@ def _relevance(
         if whole:
             by_fold[None if found.fold is None else int(found.fold[one.row])].append(j)
     try:
-        predictor = Predictor.load(folder, head=None if found.fold is not None else head)
         for fold, which in by_fold.items():
             members = _members(folder, predictor, found, head, fold)
             numbers = np.array([places[j] for j in which], dtype=np.int64)

@@ -81,6 +81,7 @@ gap:14px}
 .share{display:block;margin:-8px -14px;padding:8px 14px}
 .share.right{background:rgb(15 123 63 / var(--a))}.share.wrong{background:rgb(179 54 43 / var(--a))}
 .share small{color:inherit;opacity:.75}
+.wraps{white-space:normal}
 .weight{display:inline-block;margin-right:18px}.weight small{display:inline;margin-left:4px}
 .errors{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:12px;
 margin:12px 0}

@@ -81,7 +81,10 @@ def _line(name: str, predictor: Predictor, weights: Floats) -> list[Any]:
         said = f"{middle:.2f}" if len(own) == 1 else f"{middle:.2f} <small>{low:.2f} to {high:.2f}</small>"
         parts.append(f'<span class="weight">{text(k)} {said}</span>')
     kind = "the same for all rows" if len(weights) == 1 else f"median and 5 to 95 % of {len(weights)} rows"
-    return [Html(f"{text(name)}<small>{text(kind)}</small>"), Html(" ".join(parts))]
+    return [
+        Html(f"{text(name)}<small>{text(kind)}</small>"),
+        Html(f'<span class="wraps">{"".join(parts)}</span>'),
+    ]
 
 
 def _spread(name: str, predictor: Predictor, weights: Floats) -> str:

@@ -67,6 +67,10 @@ def _guessing(task: Task, targets: Any) -> dict[str, Any]:
         return guessing(targets)
     if task.type == "regression":
         return {"chance": float(targets.std())}
+    if task.type == "vqa":
+        levels = {"chance": targets.mean(), "majority": targets.mean(axis=0).max()}
+        levels["ceiling"] = targets.max(axis=1).mean()
+        return {name: float(value) for name, value in levels.items()}
     if task.type == "multilabel":
         defined = defined_labels(targets)
         chance = float(targets[:, defined].mean()) if defined.any() else None
@@ -80,7 +84,7 @@ def _plain(interval: Interval) -> dict[str, float | None]:
     return {k: v if v == v else None for k, v in interval.as_dict().items()}
 
 
-SHARES = ("accuracy", "macro_map", "mean_recall")
+SHARES = ("accuracy", "macro_map", "mean_recall", "vqa_accuracy")
 """First metrics that are told in percent."""
 
 
@@ -98,6 +102,7 @@ def headline(result: Mapping[str, Any]) -> str:
     said = {
         "multilabel": f"has a macro mAP of {value} % over {labels} on {rows} ({between}; chance {chance})",
         "regression": f"is wrong by {value} (RMSE) on {rows} ({between}; {constant})",
+        "vqa": f"has a VQA accuracy of {value} % on {rows} ({between}; {_levels(result)})",
         "ordinal": f"has a quadratic-weighted kappa of {value} on {rows} ({between}; chance 0)",
     }.get(result["type"])
     if said is None:
@@ -113,6 +118,12 @@ def headline(result: Mapping[str, Any]) -> str:
     if few := no_verdict(result):
         return text + f"; {gain} over the best single modality, {versus['against']}: {few}."
     return text + f"; {gain} ({low} to {high}), {verdict} the best single modality, {versus['against']}."
+
+
+def _levels(result: Mapping[str, Any]) -> str:
+    """What the best constant answer scores, and what the best answers of the vocabulary would."""
+    levels = [told(result.get(name), "vqa_accuracy") for name in ("majority", "ceiling")]
+    return f"{levels[0]} for the best constant answer, {levels[1]} for the best of the vocabulary"
 
 
 def told(value: float | None, metric: str, sign: str = "") -> str:
@@ -142,6 +153,8 @@ def write_predictions(
     }
     if task.type != "retrieval":
         table["target"] = _named_targets(task, targets[chosen])
+    if task.type == "vqa":
+        table["target_score"] = [row[row > 0].tolist() for row in targets[chosen]]
     table |= more or {}
     if task.type == "retrieval":
         table |= rank_columns(targets[chosen], p)
@@ -161,7 +174,7 @@ def _named_targets(task: Task, targets: Any) -> Any:
     """Targets in the table's words; of multilabel tasks a list column."""
     if task.type == "regression":
         return targets
-    if task.type == "multilabel":
+    if task.type in ("multilabel", "vqa"):
         names = [[task.classes[c] for c in np.flatnonzero(row)] for row in targets]
         return pa.array(names, pa.list_(pa.string()))
     return [task.classes[t] for t in targets]

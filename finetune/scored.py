@@ -77,7 +77,7 @@ def _targets(task: Task, info: Mapping[str, Any], columns: Columns, rows: Rows) 
     cells = columns[target] if isinstance(target, str) else zip(*(columns[n] for n in names), strict=True)
     yes_no = task.type == "binary" and task.classes == ("0", "1")
     made: dict[str, Any] = {"type": task.type, "target": target}
-    if task.type == "multilabel":
+    if task.type in ("multilabel", "vqa"):
         made |= {"separator": info.get("separator")}
     if task.type == "binary" and not yes_no:  # a table may hold one of the two alone
         made["type"] = "multiclass"

@@ -157,6 +157,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
             "out"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if rows.damaged:
+        _quarantine(config, folder, rows, {})
     model = open_source(config.model, device_of(config.device))
     task = prepared[0][1]
     fitted = fit_columns(rows.take(parts[-1][1].train))
@@ -180,9 +182,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
         progress=progress,
         together=distributed.world_size() > 1,
     )
-    if broken or rows.damaged:
-        _quarantine(config, folder, rows, broken)
     if broken:
+        _quarantine(config, folder, rows, broken)
         parts = [(fold, without(splits, list(broken))) for fold, splits in parts]
         for part, (targets, task) in zip(parts, prepared, strict=True):
             check_inner(config, rows, part, targets, task)

@@ -111,6 +111,8 @@ def _form(text: str, path: Path, form: Form | None, key: str) -> Form:
                 f"{key}: {text} may be shards (tars of samples) or folders (of pictures, one per class); say "
                 "which"
             )
+        if not ending and not path.exists():
+            raise UserError(f"there is no {text}; give a table, shards or folders")
         return "table"
     if told is not None and form not in (None, told):
         raise UserError(f"{key}: {text} is {told} by its ending and not {form}; say {told} or leave it out")

@@ -12,6 +12,7 @@ from .cells import is_missing
 from .config import TaskConfig
 from .manifest import Rows, Splits
 from .tasks import Task
+from .vqa import answers_of, canonical_answer, soft_targets, vocabulary
 
 __all__ = ["Targets", "encode_targets", "make_task"]
 
@@ -34,6 +35,8 @@ def encode_targets(
         return np.array(rows.targets, dtype=np.int64), list(PAIR_CLASSES) if task.type == "matching" else []
     if task.type == "regression":
         return _numbers(rows, task, splits), []
+    if task.type == "vqa":
+        return _answer_scores(rows, task, splits, min_rows)
     if task.type == "multilabel":
         return _label_table(rows, task, splits, min_rows)
     _refuse_empty(rows, task)
@@ -182,6 +185,23 @@ def _label_table(
         )
     _enough(rows, task, classes, targets[splits.train].sum(axis=0), min_rows)
     return targets, classes
+
+
+def _answer_scores(
+    rows: Rows, task: TaskConfig, splits: Splits, min_rows: int
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Scores float64 [n, C] of answers, and the answers; see ``vqa``."""
+    answers = answers_of(rows.targets, task.separator, str(task.target), rows.source)
+    if task.classes is not None:
+        classes = [canonical_answer(name) for name in task.classes]
+    else:
+        classes = vocabulary(answers, splits.train, most=task.vocabulary, min_rows=max(1, min_rows))
+    if len(set(classes)) != max(2, len(classes)):
+        raise UserError(
+            f"{rows.source}: column '{task.target}' leaves {len(set(classes))} different answers that "
+            f"{min_rows} training rows have; two are needed: lower data.min_class_rows or mend task.classes"
+        )
+    return soft_targets(answers, classes), classes
 
 
 def _labels_of(value: Any, task: TaskConfig, where: str) -> list[str]:

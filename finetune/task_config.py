@@ -15,10 +15,13 @@ OF_PAIRS = ("retrieval", "matching")
 class TaskConfig(StrictModel):
     """What is to be predicted."""
 
-    type: Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval", "matching"]
+    type: Literal[
+        "binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval", "matching", "vqa"
+    ]
     target: str | tuple[str, ...] | None = "target"
     """Column of the labels. Multilabel: a column of lists, a column of text with a ``separator``, or several
-    columns of 0 and 1, whose names are the labels. Regression: a column of numbers. Retrieval and matching:
+    columns of 0 and 1, whose names are the labels. Regression: a column of numbers. Vqa: a column of lists
+    of answers, or of text with a ``separator``. Retrieval and matching:
     by default none, a picture and a text match that stand in one row; else a column of names, and all
     pictures and texts of rows with one name match."""
     positive: str | int | None = None
@@ -27,7 +30,10 @@ class TaskConfig(StrictModel):
     """The classes in the order of their probabilities; null takes those of the training rows, sorted.
     Ordinal: needed, from low to high."""
     separator: str | None = Field(default=None, min_length=1)
-    """Multilabel only: what stands between the labels of a text cell; null where cells are lists."""
+    """Multilabel and vqa: what stands between the labels of a text cell; null where cells are lists."""
+    vocabulary: int = Field(default=3000, ge=2)
+    """Vqa only: answers at most, those that most training questions have, at least ``data.min_class_rows`` of
+    them; ``classes`` gives them instead."""
     class_weight: Literal["none", "balanced"] | dict[str, float] = "none"
     """Weights of the training loss. ``balanced``: all classes count the same, and for multilabel tasks
     positives and negatives of each label; ``{label: weight}`` weighs the rows of a class (multilabel: the
@@ -66,8 +72,11 @@ class TaskConfig(StrictModel):
             raise ValueError("ordinal needs classes, three or more from low to high; for two use binary")
         if self.type == "regression" and self.classes is not None:
             raise ValueError("classes belongs to tasks with classes; remove it for regression")
-        if self.separator is not None and (self.type != "multilabel" or not isinstance(self.target, str)):
-            raise ValueError("separator belongs to multilabel with one text column; remove it")
+        lists = self.type in ("multilabel", "vqa") and isinstance(self.target, str)
+        if self.separator is not None and not lists:
+            raise ValueError("separator belongs to multilabel and vqa with one text column; remove it")
+        if self.vocabulary != 3000 and self.type != "vqa":
+            raise ValueError(f"vocabulary belongs to vqa; remove it for {self.type}")
         self._check_pairs()
         self._check_columns()
         self._check_loss()
@@ -98,13 +107,15 @@ class TaskConfig(StrictModel):
             raise ValueError("classes: the labels are the names of the target columns; remove it")
 
     def _check_loss(self) -> None:
+        if self.type == "vqa" and self.class_weight != "none":
+            raise ValueError("class_weight: vqa has soft answers; use data.weight for weights of rows")
         if self.type == "regression" and self.class_weight != "none":
             raise ValueError("class_weight: regression has no classes; use data.weight for weights of rows")
         if isinstance(self.class_weight, dict):
             for name, weight in self.class_weight.items():
                 if not 0 <= weight < float("inf"):
                     raise ValueError(f"class_weight.{name}: {weight} is no weight; give a number from 0 on")
-        if self.focal_gamma and self.type in ("regression", "ordinal", "retrieval"):
+        if self.focal_gamma and self.type in ("regression", "ordinal", "retrieval", "vqa"):
             raise ValueError(
                 f"focal_gamma: {self.type} has no focal loss; it is for binary, multiclass and multilabel"
             )

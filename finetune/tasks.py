@@ -33,6 +33,7 @@ from .metrics import (
 from .metrics_more import MULTILABEL, REGRESSION
 from .retrieval_metrics import RETRIEVAL
 from .vectors import averaged, cosines, unit, vectors_loss
+from .vqa import VQA
 
 __all__ = [
     "BINS",
@@ -48,7 +49,7 @@ __all__ = [
     "predicted",
 ]
 
-TaskType = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval"]
+TaskType = Literal["binary", "multiclass", "multilabel", "regression", "ordinal", "retrieval", "vqa"]
 METRICS_OF: dict[str, dict[str, Prepare]] = {
     "binary": BINARY,
     "multiclass": MULTICLASS,
@@ -56,6 +57,7 @@ METRICS_OF: dict[str, dict[str, Prepare]] = {
     "regression": REGRESSION,
     "ordinal": ORDINAL,
     "retrieval": RETRIEVAL,
+    "vqa": VQA,
 }
 METRICS: dict[str, Prepare] = BINARY | MULTICLASS
 """Metrics of binary and multiclass tasks by name; of any task: ``Task.prepare``."""
@@ -66,6 +68,7 @@ LINKS: dict[str, Link] = {
     "regression": "identity",
     "ordinal": "cumulative",
     "retrieval": "vectors",
+    "vqa": "sigmoid",
 }
 
 
@@ -75,8 +78,9 @@ class Task:
     positive; ordinal: from low to high; regression: none).
 
     Targets are class numbers int64 [n], for multilabel 0 and 1 int64 [n, L], for regression float64 [n], for
-    retrieval the columns int64 [n, 4] of ``links``. Answers are probabilities; of retrieval, whose logits and
-    answers are vectors, see ``vectors``. A matching task is a binary one that makes its negatives.
+    retrieval the columns int64 [n, 4] of ``links``, for vqa scores float64 [n, C]. Answers are probabilities;
+    of retrieval, whose logits and answers are vectors, see ``vectors``. A matching task is a binary one that
+    makes its negatives.
     """
 
     type: TaskType
@@ -130,18 +134,23 @@ class Task:
 
     def weights(self, targets: Tensor, rows: Sequence[float] | Tensor | None = None) -> Tensor | None:
         """Loss weights of training rows, see ``losses.loss_weights``."""
-        return loss_weights(self.type, self.class_weight, targets, len(self.classes), rows)
+        return loss_weights(self._loss, self.class_weight, targets, len(self.classes), rows)
 
     def loss(
         self, logits: Tensor, targets: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
     ) -> Tensor:
         """Mean training loss of logits [b, C], each row times its weight, see ``losses``."""
-        losses = losses_of(self.type, logits, self._standard(targets), smoothing, self.focal_gamma)
+        losses = losses_of(self._loss, logits, self._standard(targets), smoothing, self.focal_gamma)
         return losses.mean() if weights is None else (losses * weights.to(losses)).mean()
 
     def plain_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss without weights, smoothing and focus: a proper score, which calibration needs."""
-        return losses_of(self.type, logits, self._standard(targets), 0.0, 0.0).mean()
+        return losses_of(self._loss, logits, self._standard(targets), 0.0, 0.0).mean()
+
+    @property
+    def _loss(self) -> str:
+        """The kind of loss: that of soft answers is a multilabel one whose truths lie between 0 and 1."""
+        return "multilabel" if self.type == "vqa" else self.type
 
     def _standard(self, targets: Tensor) -> Tensor:
         return (targets - self.center) / self.scale if self.type == "regression" else targets
@@ -159,7 +168,7 @@ class Task:
             return unit(logits)
         if self.type == "multiclass":
             return logits.softmax(dim=1)
-        if self.type == "multilabel":
+        if self.type in ("multilabel", "vqa"):
             return logits.sigmoid()
         greater = logits.sigmoid()
         if self.type == "binary":
@@ -187,6 +196,8 @@ class Task:
             return p[:, 0]
         if self.type == "multilabel":
             return p >= 0.5
+        if self.type == "vqa":
+            return p.argmax(axis=1)
         return median_class(p) if self.type == "ordinal" else predicted(p)
 
     def named(self, p: Floats) -> list[Any]:
@@ -205,6 +216,9 @@ class Task:
             return float(((p[:, 0] - targets) ** 2).mean())
         if self.type == "retrieval":
             return vectors_loss(targets, p)
+        if self.type == "vqa":
+            sure = np.clip(p, 1e-12, 1 - 1e-12)
+            return float(-(targets * np.log(sure) + (1 - targets) * np.log1p(-sure)).mean())
         if self.type == "multilabel":
             return float(-np.log(np.clip(np.where(targets == 1, p, 1 - p), 1e-12, 1)).mean())
         return log_loss(targets, p)
@@ -216,6 +230,9 @@ class Task:
             return []
         if self.type == "multilabel":
             confidence, hit = p.ravel(), targets.ravel().astype(np.float64)
+        elif self.type == "vqa":
+            said = np.arange(len(p)), p.argmax(axis=1)
+            confidence, hit = p[said], targets[said]
         else:
             confidence, hit = confidence_pairs(targets, p, self.predicted)
         bins = bins_of(confidence)

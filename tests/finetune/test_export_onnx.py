@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
@@ -16,15 +17,18 @@ from diptych.data.text import build_tokenizer
 from diptych.finetune import export as exports
 from diptych.finetune.config import HeadConfig
 from diptych.finetune.export import NOTE, export
-from diptych.finetune.export_onnx import GRAPH, OUTPUT, open_session, write_onnx
+from diptych.finetune.export_onnx import GRAPH, OPSET, OUTPUT, open_session, quiet, write_onnx
 from diptych.finetune.export_program import inputs_of
-from diptych.finetune.fusion import build_head
+from diptych.finetune.fusion import Head, build_head
 from diptych.finetune.predictor import Predictor
 from diptych.finetune.saved import SavedHead, write_encoder
 from diptych.finetune.tasks import Task
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model, load_model
 
+from .heads import ALL, inputs
+from .heads import make as make_head
 from .labelled import squares, write_config, write_task
+from .test_export import write_bert
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -33,19 +37,10 @@ TEXT: dict[str, Any] = {"context_length": 12, "width": 48, "heads": 3, "layers":
 TIMM = {"timm_model_name": "mobilenetv3_small_050", "timm_proj": "", "image_size": 32}
 CLASSES = ("a", "b", "c")
 CASES = {
+    "cross": (Task("multilabel", CLASSES), {"op": "cross", "width": 8, "heads": 2}, VISION),
     "gated": (Task("binary", ("0", "1")), {"op": "gated", "width": 8}, VISION),
     "concat": (Task("regression", ()), {"op": "concat", "interactions": True}, TIMM),
-    "bilinear": (Task("ordinal", CLASSES), {"op": "bilinear"}, VISION),
-    "full": (Task("multiclass", CLASSES), {"op": "bilinear", "rank": "full"}, VISION),
-    "similarity": (Task("binary", ("0", "1")), {"op": "similarity"}, VISION),
-    "cross": (Task("multilabel", CLASSES), {"op": "cross", "width": 8, "heads": 2}, VISION),
-    "merged": (Task("multiclass", CLASSES), {"op": "merged", "width": 8, "heads": 2}, VISION),
-    "bottleneck": (Task("binary", ("0", "1")), {"op": "bottleneck", "width": 8, "heads": 2}, VISION),
-    "late": (Task("multiclass", CLASSES), {"op": "late"}, VISION),
-    "vote": (Task("multiclass", CLASSES), {"op": "late", "rule": "vote"}, VISION),
-    "stacking": (Task("multilabel", CLASSES), {"op": "late", "rule": "stacking"}, VISION),
-    "sum": (Task("ordinal", CLASSES), {"op": "weighted_sum"}, VISION),
-    "image": (Task("binary", ("0", "1")), {"op": "image"}, VISION),
+    "late": (Task("ordinal", CLASSES), {"op": "late", "rule": "learned"}, VISION),
 }
 FAST = {"cross"}
 
@@ -54,10 +49,15 @@ def make(folder: Path, task: Task, options: dict[str, Any], vision: dict[str, An
     """A run of two seeds with random weights."""
     torch.manual_seed(0)
     config = HeadConfig.model_validate(options)
-    clip = build_model(ModelConfig(embed_dim=24, vision_cfg=vision, text_cfg=TEXT))
+    text, name = TEXT, None
+    if "timm_model_name" in vision:  # towers of others
+        name = write_bert(folder / "bert")
+        text = {"hf_model_name": name, "hf_tokenizer_name": name, "context_length": 12}
+        text |= {"hf_proj_type": "linear"}
+    clip = build_model(ModelConfig(embed_dim=24, vision_cfg=vision, text_cfg=text))
     (folder / "encoder").mkdir(parents=True)
-    write_encoder(LoadedModel(clip, build_tokenizer(None, 12)), folder / "encoder")
-    modalities = {"image": "picture"} if config.op == "image" else {"image": "picture", "text": "words"}
+    write_encoder(LoadedModel(clip, build_tokenizer(name, 12)), folder / "encoder")
+    modalities = {"image": "picture", "text": "words"}
     widths = dict.fromkeys(modalities, 24)
     heads = [build_head(config, widths, task.outputs, widths, task.link).eval() for _ in range(2)]
     for head in heads:
@@ -88,14 +88,12 @@ def test_graphs_of_heads_and_tasks(name: str, tmp_path: Path) -> None:
     for n in (1, 2, 7):
         pixels: list[Any] = [random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(n)]
         texts: list[Any] = [f"{squares.NAMES[i % 12]} square" for i in range(n)]
-        if "text" in predictor.modalities:
-            pixels[n // 2] = None  # of one row: of all rows
-            if n > 2:
-                texts[1] = None
+        pixels[n // 2] = None  # of one row: of all rows
+        if n > 2:
+            texts[1] = None
         tensors = [None if x is None else torch.from_numpy(x).permute(2, 0, 1) for x in pixels]
         given = {k: v.numpy() for k, v in inputs_of(predictor, model, tensors, texts).items()}
-        if "text" in predictor.modalities:
-            given["image"][n // 2] = np.nan  # what stands in a missing slot changes nothing
+        given["image"][n // 2] = np.nan  # what stands in a missing slot changes nothing
         got = session.run(None, given)[0]
         table = {"picture": [None if x is None else Image.fromarray(x) for x in pixels], "words": texts}
         rows = {str(one.column): table[str(one.column)] for one in predictor.modalities.values()}
@@ -112,6 +110,45 @@ def test_graphs_of_heads_and_tasks(name: str, tmp_path: Path) -> None:
         "multilabel": dict.fromkeys(CLASSES, 0.5),
     }.get(task.type, {})
     assert noted["calibration"] == [{"scale": 2.0, "shift": 0.0}, {"scale": 3.0, "shift": 0.5}]
+
+
+class Every(nn.Module):
+    """All heads on the same features."""
+
+    def __init__(self, heads: dict[str, Head]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(list(heads.values()))
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> list[Tensor]:
+        return [head(features, present) for head in self.heads]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_every_head_runs_in_onnxruntime_with_modalities_missing(outputs: int, tmp_path: Path) -> None:
+    names = [name for name in ALL if "joint" not in name and (outputs == 1 or name != "similarity")]
+    module = Every({name: make_head(name, outputs) for name in names}).eval()
+
+    def given(n: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        features = {k: v for k, v in inputs(n).items() if not k.endswith(("inputs", "group"))}
+        present = {k: torch.arange(n) % 3 != i for i, k in enumerate(("image", "text"))}
+        return features, present
+
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({k: {0: batch} for k in part} for part in given(2))
+    with torch.no_grad(), quiet():
+        program = torch.export.export(module, given(2), dynamic_shapes=shapes, strict=False)
+        graph: Any = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False)
+        graph.save(str(tmp_path / GRAPH))
+    session = open_session(tmp_path / GRAPH)
+    for n in (1, 5):
+        features, present = given(n)
+        flat = [*features.values(), *present.values()]
+        fed = {one.name: x.numpy() for one, x in zip(session.get_inputs(), flat, strict=True)}
+        with torch.no_grad():
+            wanted = module(features, present)
+        for name, got, want in zip(names, session.run(None, fed), wanted, strict=True):
+            assert np.abs(got - want.numpy()).max() < 1e-4, name
 
 
 @pytest.mark.slow

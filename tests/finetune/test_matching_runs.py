@@ -54,6 +54,7 @@ def test_fused_heads_tell_what_either_modality_cannot(tmp_path: Path, capsys: An
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_folds_hard_negatives_and_encoders(tmp_path: Path) -> None:
     write_pairs(tmp_path, names=5)
     tuned = "{op: bilinear, adapt: {method: lp_ft, encoder_epochs: 1, wise_ft: 0.5}}"

@@ -156,9 +156,7 @@ def test_four_modalities_from_a_table_to_answers(
     values = model.explain(test, root=folder)
     assert all(set(value) == {"image", "text", "tabular", "audio"} for value in values)
     reads = model.saved[0].head.modalities
-    assert all(
-        value[k] == 0.0 for value, row in zip(values, test, strict=True) for k in value if k not in reads
-    )
+    assert all(value[k] == 0.0 for value in values for k in value if k not in reads)
     lacks = [
         (value["audio"], value["image"])
         for value, row in zip(values, test, strict=True)

@@ -135,6 +135,7 @@ def test_the_report_and_a_second_run(done: tuple[Path, dict[str, Any]], capsys: 
     assert contents(folder / "run") == before
 
 
+@pytest.mark.slow
 def test_every_fold_is_a_gallery_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
     write_pairs(tmp_path, names=6)
     options = {"eval": ", cv: {folds: 3}", "epochs": 3}
@@ -178,6 +179,7 @@ def test_test_rows_change_no_weight(tmp_path: Path) -> None:
     assert contents(tmp_path / "run" / "heads") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["lp_ft, wise_ft: auto", "full", "lora, soup: uniform", "norm_bias", "contrastive, soup: greedy"]
 )

@@ -65,6 +65,7 @@ def other(made: Path, folder: Path) -> tuple[str, str]:
     return f"model.checkpoint={made}/checkpoint", SHARDS.format(made)
 
 
+@pytest.mark.slow
 def test_a_run_of_shards_is_that_of_the_table(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,6 +256,7 @@ def test_what_no_picture_of_a_folder_is_is_told(tmp_path: Path) -> None:
         ("set", "folders", "holds tars; say shards"),
         ("pets", "shards", "holds no .tar files"),
         ("empty", "folders", "holds no samples; add some"),
+        ("nowhere", None, "there is no .*nowhere; give a table, shards or folders"),
         ("nowhere", "shards", "there is no .*nowhere"),
         ("nowhere", "folders", "there is no folder .*nowhere"),
         ("set/{000..002}.tar", None, "there is no .*002.tar"),

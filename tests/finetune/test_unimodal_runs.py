@@ -56,6 +56,7 @@ def write(folder: Path, *model: str, heads: str, modalities: str = BOTH, more: s
     return path
 
 
+@pytest.mark.slow
 def test_every_method_trains_them_and_the_run_answers_by_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
