@@ -83,7 +83,7 @@ def check_inner(config: FinetuneConfig, rows: Rows, part: Planned, targets: Targ
         if best > worst if higher_is_better(metric) else best < worst:  # False of NaN
             return
     target = config.task.target
-    several = ", ".join(target or (m.column for m in config.data.modalities.values()))
+    several = ", ".join(target or [str(m.column) for m in config.data.modalities.values()])
     columns = f"column '{target}'" if isinstance(target, str) else f"columns {several}"
     where = "" if fold is None else f" of fold {fold.fold} of repeat {fold.repeat}"
     if fold is None and config.eval.folds is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..pretrain import distributed
-from ..pretrain.model import Encoders
+from ..pretrain.model import Encoders, LoadedModel
 from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
 from .cells import PictureReader
 from .config import AdaptConfig, HeadConfig
@@ -246,7 +246,8 @@ def _fit_seed(
 def _start(head: Head, model: Encoders) -> None:
     """What a new head takes from the encoders."""
     start_joint(head, model)
-    start_vectors(head, model)
+    if isinstance(model, LoadedModel):
+        start_vectors(head, model)
 
 
 def _live(session: Session, model: Encoders, rows: Ints) -> LiveRows:

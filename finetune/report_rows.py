@@ -7,9 +7,9 @@ import numpy as np
 from ..configs.errors import UserError
 from ..configs.load import load_config
 from .config import FinetuneConfig
-from .manifest import Rows, read_rows
+from .manifest import Rows
 from .report_predictions import Predictions, Unreadable
-from .session import data_config
+from .session import planned_rows
 
 __all__ = ["rows_of"]
 
@@ -21,7 +21,7 @@ def rows_of(folder: Path, found: Predictions) -> tuple[Rows, dict[str, int]]:
     """
     try:
         config = load_config(FinetuneConfig, folder / "config.yaml")
-        rows = read_rows(data_config(config), config.task)
+        rows, _ = planned_rows(config)
     except UserError as error:
         raise Unreadable(str(error)) from error
     number = {name: i for i, name in enumerate(rows.ids)}

@@ -39,7 +39,16 @@ from .targets import Targets, encode_targets, make_task
 from .tasks import Ints, Task
 from .unimodal import open_source
 
-__all__ = ["VERSION", "Session", "data_config", "open_sessions", "plan", "run_folder", "too_many"]
+__all__ = [
+    "VERSION",
+    "Session",
+    "data_config",
+    "open_sessions",
+    "plan",
+    "planned_rows",
+    "run_folder",
+    "too_many",
+]
 
 VERSION = 3  # of what training does; part of every head's key
 QUARANTINE_SHARE = 0.001
@@ -146,9 +155,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     if config.search is not None:
         import_optuna()
     task_metric = make_task(config.task, ("0", "1")).check_metric(config.early_stopping.metric)
-    rows = linked(read_rows(data_config(config), config.task), config.task, data_config(config))
-    parts = plan(config, rows)
-    rows, parts = with_negatives(config, rows, parts)
+    rows, parts = planned_rows(config)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
     if config.eval.folds is None and (folder / "folds").is_dir():
@@ -206,6 +213,12 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
 
     on_rank_0(write)
     return sessions
+
+
+def planned_rows(config: FinetuneConfig) -> tuple[Rows, list[tuple[Fold | None, Splits]]]:
+    """The rows of a run, with the pairs that a matching task makes, and what is trained on what (``plan``)."""
+    rows = linked(read_rows(data_config(config), config.task), config.task, data_config(config))
+    return with_negatives(config, rows, plan(config, rows))
 
 
 def _check_ranks(rows: Rows, fingerprint: str) -> None:

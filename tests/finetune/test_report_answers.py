@@ -93,7 +93,7 @@ def test_areas_of_each_class_are_scikit_learns(kind: TaskType, tmp_path: Path) -
     if kind == "multilabel":
         mean = made.task.value("macro_map", made.targets, made.p["head"])
         assert np.mean(aps) == pytest.approx(mean, abs=1e-12)
-    lines = [a for tag, a in page.tags if tag == "polyline"]
+    lines = [a for _, a in page.tags if tag == "polyline"]
     assert len(lines) == 3 + 1 + 3  # ROC, guessing, precision
 
 
