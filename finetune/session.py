@@ -216,7 +216,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
 
 
 def planned_rows(config: FinetuneConfig) -> tuple[Rows, list[tuple[Fold | None, Splits]]]:
-    """The rows of a run, with the pairs that a matching task makes, and what is trained on what (``plan``)."""
+    """The rows of a run, with pairs that a matching task makes, and what is trained on what (``plan``)."""
     rows = linked(read_rows(data_config(config), config.task), config.task, data_config(config))
     return with_negatives(config, rows, plan(config, rows))
 

@@ -93,7 +93,7 @@ def test_areas_of_each_class_are_scikit_learns(kind: TaskType, tmp_path: Path) -
     if kind == "multilabel":
         mean = made.task.value("macro_map", made.targets, made.p["head"])
         assert np.mean(aps) == pytest.approx(mean, abs=1e-12)
-    lines = [a for _, a in page.tags if tag == "polyline"]
+    lines = [a for tag, a in page.tags if tag == "polyline"]
     assert len(lines) == 3 + 1 + 3  # ROC, guessing, precision
 
 
@@ -215,7 +215,7 @@ def test_a_run_with_its_pictures(made: Path, tmp_path: Path) -> None:
     assert f"{100 * best['auroc']['value']:.1f} %" in page.text
     for words in ("ROC and precision-recall", "Confusion of", "Most confident errors of", "fold 0", "fold 1"):
         assert words in page.text
-    shown = [a for tag, a in page.tags if a.get("class") == "error"]
+    shown = [a for _, a in page.tags if a.get("class") == "error"]
     assert 1 <= len(shown) <= 8
     assert sum(a.get("class") == "heat" for _, a in page.tags) == len(shown)
     assert sum(a.get("class") == "word" for _, a in page.tags) >= 2 * len(shown)
