@@ -16,6 +16,7 @@ Scores are those of the procedure on unseen rows, not of the one model that is k
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def _score(
     )
     order = np.lexsort((rows, repeat))  # of every repeat the rows as they stand in the table
     targets = [session.targets[session.splits.test] for session in folds]
+    lost = [_hidden(session, best) for session in folds]
+    if final.task.type == "vqa":
+        final, places_of = _with_all_answers(folds, final)
+        size = len(final.task.classes)
+        p = [
+            {name: _among(one, where, size) for name, one in own.items()}
+            for own, where in zip(p, places_of, strict=True)
+        ]
+        targets, lost = (
+            [_among(one, where, size) for one, where in zip(parts, places_of, strict=True)]
+            for parts in (targets, lost)
+        )
     limits = [{name: kept_thresholds(s, name) for name in inner} for s in folds]
     said = [
         {name: decided(s.task, one[name], own[name]) for name in inner}
@@ -185,7 +198,6 @@ def _score(
     parts = [_fold_row(s, t, one, best, single) for s, t, one in zip(folds, targets, first, strict=True)]
     for part, own in zip(parts, limits, strict=True):
         part |= threshold_facts(final, own)
-    lost = [_hidden(session, best) for session in folds]
     found = [decided(final.task, one, own[best]) for one, own in zip(lost, limits, strict=True)]
     hidden, seen = (np.concatenate(one, axis=1)[:, order] for one in (lost, found))
     result |= missing_matrix(final, best, rows, truth, hidden, seen)
@@ -205,6 +217,22 @@ def _score(
             "n_inner": len(final.splits.inner),
         },
     }
+
+
+def _with_all_answers(folds: Sequence[Session], final: Session) -> tuple[Session, list[Ints]]:
+    """The final session with a task of all answers that some fold's vocabulary has, and the places of each
+    fold's own among them: a vocabulary is that of the fold's training rows."""
+    names = list(dict.fromkeys(name for session in folds for name in session.task.classes))
+    number = {name: i for i, name in enumerate(names)}
+    places = [np.array([number[name] for name in session.task.classes]) for session in folds]
+    return replace(final, task=replace(final.task, classes=tuple(names))), places
+
+
+def _among(values: Floats, places: Ints, size: int) -> Floats:
+    """Values [.., c] of a fold's own answers among ``size``; 0 for those that it cannot give."""
+    made = np.zeros((*values.shape[:-1], size))
+    made[..., places] = values
+    return made
 
 
 def _joined(p: Sequence[Mapping[str, Floats]], names: Sequence[str], order: Ints) -> Floats:

@@ -101,6 +101,19 @@ def test_runs_answer_questions(tmp_path: Path, capsys: Any) -> None:
         tmp_path, task, words, **options | {"eval": ", cv: {folds: 2}, calibration: temperature"}
     )
     assert len(folds["folds"]) == 2
+    # each fold has the vocabulary of its own training rows, and answers stand under their own names
+    assert len(folds["classes"]) > 6
+    table = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pydict()
+    p = np.stack([table[f"concat:{name}"] for name in folds["classes"]], axis=1)
+    people = {row["id"]: row["answers"] for row in rows}
+    for i, names, values in zip(table["id"], table["target"], table["target_score"], strict=True):
+        official = soft_targets([[canonical_answer(one) for one in people[i]]], names)[0]
+        assert values == pytest.approx(official.tolist())
+    hits = [
+        dict(zip(names, values, strict=True)).get(folds["classes"][c], 0)
+        for names, values, c in zip(table["target"], table["target_score"], p.argmax(1), strict=True)
+    ]
+    assert np.mean(hits) == pytest.approx(folds["heads"]["concat"]["metrics"]["vqa_accuracy"]["value"])
     config = ["finetune", str(tmp_path / "finetune.yaml"), words]
     capsys.readouterr()
     assert main([*config, "--validate"]) in (0, 1)
