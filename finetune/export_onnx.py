@@ -4,7 +4,7 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,9 @@ def write_onnx(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]
     try:
         with quiet():
             made: Any = torch.onnx.export(
-                program, (), dynamo=True, opset_version=OPSET, output_names=[OUTPUT], verbose=False
-            )
+                program, (), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=list(_flat(program.example_inputs[1])), output_names=[OUTPUT],
+            )  # fmt: skip
             made.save(str(folder / GRAPH), external_data=size > INLINE)
     except Exception as error:  # torch.onnx has a zoo of them
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -79,11 +80,19 @@ def write_onnx(predictor: Predictor, folder: Path, say: Say) -> dict[str, float]
     say("comparing onnxruntime with the predictor")
     session = open_session(folder / GRAPH)
 
-    def run(**inputs: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(session.run(None, {k: v.numpy() for k, v in inputs.items()})[0]))
+    def run(**inputs: Any) -> torch.Tensor:
+        given = {k: v.numpy() for k, v in _flat(inputs).items()}
+        return torch.from_numpy(np.asarray(session.run(None, given)[0]))
 
     found = max(difference(predictor, model, run, n) for n in BATCHES)
     return {"answers" if predictor.task.type == "regression" else "probabilities": found}
+
+
+def _flat(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A program's inputs by the names that export.json tells, those of ``columns`` among the others."""
+    columns = inputs.get("columns", {})
+    named = {name: value for name, value in inputs.items() if name != "columns"}
+    return named | {f"columns.{name}": value for name, value in columns.items()}
 
 
 def open_session(path: Path) -> Any:

@@ -189,6 +189,7 @@ def test_a_program_of_four_modalities_answers_as_the_predictor(
     folder, _ = made
     model = Predictor.load(folder / "run", head="gated")
     assert model.export("torch_export", tmp_path / "program")["probabilities"] < 1e-5
+    assert model.export("onnx", tmp_path / "graph")["probabilities"] < 1e-5
     note = json.loads((tmp_path / "program" / "export.json").read_text())
     width = model.states["tabular"].width
     assert note["inputs"]["columns.tabular"] == f"float32 [b, {width}]"
