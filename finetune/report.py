@@ -133,9 +133,12 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
 
 
 def _with_holdout(folder: Path) -> list[Path]:
-    """A run, and after it the scores of its held-out split, if there are some."""
+    """A run, and after it the scores of its held-out split, if there are some; these alone of a folder that
+    holds nothing else."""
     holdout = folder / "holdout"
-    return [folder, holdout] if (holdout / "results.json").is_file() else [folder]
+    if not (holdout / "results.json").is_file():
+        return [folder]
+    return [holdout] if _kind(folder) is None else [folder, holdout]
 
 
 def _name(run: RunFiles) -> str:

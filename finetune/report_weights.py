@@ -8,10 +8,11 @@ import torch
 
 from ..configs.errors import UserError
 from .features import FeatureRows
-from .fusion import Gated
+from .fusion import Gated, Head
 from .manifest import Rows
 from .metrics import Floats
 from .ordinal import Ordinal
+from .pooling import Pooled
 from .predictor import Predictor
 from .presence import weights_of
 from .report_charts import Series, line_chart
@@ -62,8 +63,8 @@ def weight_section(folder: Path, rows: Rows | None) -> str:
 
 def _weights(predictor: Predictor, rows: Rows | None) -> Floats | None:
     """[n, M] of rows, or [1, M] where all rows have the same."""
-    head = predictor.saved[0].head
-    if isinstance(head.inner if isinstance(head, Ordinal) else head, Gated):
+    heads = [_core(one.head) for one in predictor.saved]
+    if isinstance(heads[0], Gated):
         if rows is None:
             return None
         whole = [i for i in range(len(rows)) if all(cells[i] is not None for cells in rows.cells.values())]
@@ -71,7 +72,14 @@ def _weights(predictor: Predictor, rows: Rows | None) -> Floats | None:
             return None
         return predictor.weights_of(rows.take(np.array(whole)))
     anything = FeatureRows({}, {k: torch.zeros(1, dtype=torch.int64) for k in predictor.modalities})
-    return np.mean([weights_of(one.head, anything, batch_size=1) for one in predictor.saved], axis=0)
+    return np.mean([weights_of(head, anything, batch_size=1) for head in heads], axis=0)
+
+
+def _core(head: Head) -> Head:
+    """The head that weighs, without what thresholds or pools around it."""
+    while isinstance(head, Ordinal | Pooled):
+        head = head.inner
+    return head
 
 
 def _line(name: str, predictor: Predictor, weights: Floats) -> list[Any]:

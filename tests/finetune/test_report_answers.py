@@ -257,27 +257,32 @@ def test_what_is_gone_is_said_and_the_page_is_made(gone: str, made: Path, tmp_pa
         assert "alert(1)" in page.text
 
 
-def test_learned_weights_and_gates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", [None, "attention"])
+def test_learned_weights_and_gates(pool: Any, tmp_path: Path) -> None:
     squares.make_checkpoint(tmp_path / "encoder")
     widths = {"image": 24, "text": 24}
     run: dict[str, Any] = {"task": "binary", "classes": ["0", "1"], "widths": widths, "token_widths": None}
     run |= {"modalities": {"image": "i", "text": "t"}, "id": None, "max_pixels": 10**6}
+    pooled = ["image"] if pool else []
+    if pool:
+        run |= {"modalities": {"image": {"column": "i", "pool": pool}, "text": {"column": "t"}}}
+    run["pooled"] = pooled
     options: dict[str, dict[str, Any]] = {
         "gates": {"op": "gated", "width": 8},
         "sum": {"op": "weighted_sum"},
         "plain": {"op": "concat"},
     }
     for name, config in options.items():
-        head = build_head(HeadConfig.model_validate(config), widths, 1)
+        head: Any = build_head(HeadConfig.model_validate(config), widths, 1, pooled=pooled)
         if name == "sum":
-            head.scores.data = torch.tensor([2.0, 0.0])  # type: ignore[union-attr]
+            (head.inner if pool else head).scores.data = torch.tensor([2.0, 0.0])
         seeds = [{"seed": 0, "scale": 1.0, "shift": 0.0}]
         document = {"config": HeadConfig.model_validate(config).model_dump(), "seeds": seeds}
         save_head(tmp_path / "heads" / name, document, [(0, head, None)])
     (tmp_path / "run.json").write_text(json.dumps(run | {"heads": list(options), "best": "sum"}))
     pictures: list[Any] = [Picture(data=squares.square(name, 0)) for name in squares.NAMES[:4]]
     texts: list[Any] = ["red", "blue", None, "gold"]
-    declared = {"image": ModalityConfig(column="i"), "text": ModalityConfig(column="t")}
+    declared = {"image": ModalityConfig(column="i", pool=pool), "text": ModalityConfig(column="t")}
     rows = Rows("t", list("abcd"), declared, {"image": [(p,) for p in pictures], "text": texts})
     page = parsed(weight_section(tmp_path, rows), tmp_path)
     assert "gates median and 5 to 95 % of 3 rows" in page.text
