@@ -265,6 +265,8 @@ class FinetuneConfig(StrictModel):
             if k not in used:
                 raise ValueError(f"model.{k}: data.modalities has no {k}; remove it")
         why = "needs one space of pictures and texts, which encoders trained apart do not have"
+        if self.task.hard_negatives:
+            raise ValueError(f"task.hard_negatives: true {why}; leave it out")
         for name, head in self.all_heads().items():
             adapt = self.adapt_of(name)
             if head.op == "zero_shot":

@@ -124,6 +124,10 @@ def test_one_modality_needs_one_encoder(tmp_path: Path, kind: str) -> None:
     ("change", "words"),
     [
         ({"heads": "[similarity]"}, "heads.similarity: similarity needs one space of pictures and texts"),
+        (
+            {"more": "task={type: matching, hard_negatives: true}"},
+            "task.hard_negatives: true needs one space of pictures and texts",
+        ),
         ({"more": "adapt.method=contrastive"}, "adapt.method contrastive needs one space"),
         ({"more": "adapt.class_prompts={0: no, 1: yes}"}, "adapt.class_prompts needs one space"),
         ({"model": ["checkpoint: x", VIT]}, "give either checkpoint, a dual encoder, or image and text"),
