@@ -127,7 +127,7 @@ class FeatureRows:
 def _pick(table: Tensor, items: Tensor) -> Tensor:
     """Rows of a table by number, of any shape; zeros for -1."""
     if len(table) == 0:
-        return table.new_zeros((*items.shape, *table.shape[1:]))
+        return table.new_zeros((*items.shape, *table.shape[1:]), device=items.device)
     got = table[items.clamp_min(0).to(table.device)].to(items.device)
     got[items < 0] = 0
     return got

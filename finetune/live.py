@@ -101,7 +101,7 @@ class LiveRows:
         """``image`` [b, D], and for heads that pool every picture's own as ``FeatureRows.batch`` gives it."""
         pool = self.rows.declared["image"].pool
         counts = [len(item or ()) for item in items]
-        mask = torch.arange(max(1, *counts)) < torch.tensor(counts)[:, None]
+        mask = torch.arange(max(counts, default=1) or 1) < torch.tensor(counts)[:, None]
         mask = mask.to(self.model.device)
         out = torch.zeros(*mask.shape, self.model.widths["image"], device=self.model.device)
         if given := list(chain.from_iterable(item or () for item in items)):

@@ -216,6 +216,8 @@ class Predictor:
         see ``relevance``), of what ``explain`` explains. Towers without attention tell nothing, and why. See
         ``predict_proba`` for what may be given; UserError also for an unknown class.
         """
+        if self.task.type == "retrieval":
+            raise UserError(f"{self.run}: a cosine has no relevance of patches and words; use predict")
         rows = self._rows(table, root, format)
         p = self.of_rows(rows)
         known = p if self.task.type == "multilabel" else self._said(p)

@@ -164,9 +164,6 @@ def relevance_of(
     ``explain.explained_class``). Pictures that cannot be read count as missing here; of rows of several
     pictures nothing is told."""
     if any(declared.pool for declared in rows.declared.values()):
-        why = {k: "rows have several pictures" for k in ENCODED if k in rows.modalities}
-        return [Relevance(without=why)] * len(rows)
-    if any(declared.pool for declared in rows.declared.values()):
         why = "rows of several pictures are not followed into the encoders"
         return [Relevance(without={k: why for k in ENCODED if k in rows.modalities}) for _ in rows.ids]
     out: list[Relevance] = []
