@@ -37,6 +37,7 @@ from .search import search_results
 from .session import Session
 from .tasks import Floats, Ints, higher_is_better
 from .thresholds import DECIDED, decided
+from .vectors import halves
 
 __all__ = ["cross_validate"]
 
@@ -236,8 +237,17 @@ def _among(values: Floats, places: Ints, size: int) -> Floats:
 
 
 def _joined(p: Sequence[Mapping[str, Floats]], names: Sequence[str], order: Ints) -> Floats:
-    """Out-of-fold probabilities [n, C] of all folds, of each fold those of the named head."""
-    return np.concatenate([one[name] for one, name in zip(p, names, strict=True)])[order]
+    """Out-of-fold probabilities [n, C] of all folds, of each fold those of the named head. Answers of
+    retrieval are as wide as all seeds' vectors, or for a soup as one's; zeros change no cosine."""
+    answers = [one[name] for one, name in zip(p, names, strict=True)]
+    widest = max(one.shape[1] for one in answers)
+    if any(one.shape[1] < widest for one in answers):
+        widths = [((0, 0), (0, (widest - one.shape[1]) // 2)) for one in answers]
+        answers = [
+            np.concatenate([np.pad(half, width) for half in halves(one)], axis=1)
+            for one, width in zip(answers, widths, strict=True)
+        ]
+    return np.concatenate(answers)[order]
 
 
 def _documents(folds: Sequence[Session], inner: Mapping[str, Mapping[str, float]]) -> dict[str, Json]:
