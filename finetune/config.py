@@ -128,11 +128,12 @@ class EvalConfig(StrictModel):
     has no val rows."""
     bootstrap: int = Field(default=1000, ge=100)
     calibration: Literal["none", "temperature", "platt"] = "none"
-    """Fitted on the inner split: a scale of the logits (multilabel: one for all labels), or (binary only) a
-    scale and a shift. Regression has none."""
+    """Fitted on the inner split: a scale of the logits (multilabel: one for all labels), or (binary and
+    matching only) a scale and a shift. Regression has none."""
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 0.5
     """From which probability on the positive class (multilabel: each label) is predicted. ``auto``: of each
-    head and label the one with the greatest F1 on the inner split. For binary and multilabel tasks."""
+    head and label the one with the greatest F1 on the inner split. For binary (also matching) and multilabel
+    tasks."""
 
     @property
     def folds(self) -> CvConfig | None:
@@ -299,11 +300,11 @@ class FinetuneConfig(StrictModel):
                 raise ValueError("eval.calibration: regression has no probabilities to calibrate; use none")
             if any(self.adapt_of(name).label_smoothing for name in self.all_heads()):
                 raise ValueError("adapt.label_smoothing: regression has no labels to smooth; use 0")
-        if self.eval.threshold != 0.5 and self.task.type not in ("binary", "multilabel"):
+        if self.eval.threshold != 0.5 and self.task.type not in ("binary", "matching", "multilabel"):
             raise ValueError(
                 f"eval.threshold: {self.task.type} tasks have none; it is for binary and multilabel ones"
             )
-        if self.eval.calibration == "platt" and self.task.type != "binary":
+        if self.eval.calibration == "platt" and self.task.type not in ("binary", "matching"):
             raise ValueError("eval.calibration: platt is for binary tasks; use temperature")
 
     @model_validator(mode="after")

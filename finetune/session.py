@@ -293,6 +293,9 @@ def _quarantine(
     writer.writerows(["", one.key, one.place, one.reason] for one in rows.damaged)
     if distributed.rank() == 0:
         atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
-    if too_many(rows, left_out := len(broken) + len(rows.damaged)):
+    lost = len(broken)
+    if config.task.type == "matching":  # a picture of the table stands in made pairs too
+        lost = len({picture for picture, _ in broken.values()})
+    if too_many(rows, left_out := lost + len(rows.damaged)):
         of, listed = len(rows) + len(rows.damaged), folder / "quarantine.csv"
         raise UserError(f"{what}; {left_out} of {of} rows are too many, {listed} lists them")

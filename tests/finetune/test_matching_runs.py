@@ -13,6 +13,7 @@ from diptych.configs.errors import UserError
 from diptych.finetune.predictor import Predictor
 from diptych.finetune.report import write_report
 
+from .labelled import write_csv
 from .pair_runs import COLUMNS, pair_rows, run_pairs, write_pairs
 from .runs import contents
 
@@ -94,3 +95,18 @@ def test_what_matching_does_not_take(tmp_path: Path, capsys: Any) -> None:
     assert "40 texts that do not match cannot be found" in capsys.readouterr().out
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in pair_rows(tmp_path, 4)]
     assert set(Predictor.load(tmp_path / "run").predict(rows[:9], root=tmp_path)) <= {"0", "1"}
+
+
+def test_thresholds_and_a_broken_picture_of_a_test_pair(tmp_path: Path) -> None:
+    write_pairs(tmp_path, names=4)
+    rows = pair_rows(tmp_path, 4)
+    place = next(i for i, row in enumerate(rows) if row[4] == "test")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+    rows[place][1] = "images/broken.png"
+    write_csv(tmp_path / "pairs.csv", rows, COLUMNS)
+    options: dict[str, Any] = {"heads": "[bilinear]", "epochs": 1, "data": ", on_error: quarantine"}
+    results = run_pairs(tmp_path, "{type: matching}", eval=", threshold: auto, calibration: platt", **options)
+    assert results["threshold"]["setting"] == "auto"
+    assert list(results["threshold"]["heads"]["bilinear"]) == ["1"]
+    assert len((tmp_path / "run" / "quarantine.csv").read_text().splitlines()) == 3  # the made pair too
+    assert results["n_test"] == 2 * sum(row[4] == "test" for row in rows) - 2
