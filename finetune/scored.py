@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..configs.errors import UserError
-from .config import LabelledDataConfig, ModalityConfig, TaskConfig
+from .config import LabelledDataConfig, TaskConfig
 from .intervals import paired_intervals
 from .links import linked
 from .manifest import Rows, Splits, group_names
@@ -57,8 +57,7 @@ def _linked(info: Mapping[str, Any], columns: Columns, rows: Rows) -> Rows:
     if target is not None and target not in columns:
         raise UserError(f"{rows.source} has no column '{target}', the run's target; add it")
     cells = [] if target is None else list(columns[target])
-    made = {k: ModalityConfig(column=c) for k, c in info["modalities"].items()}
-    data = LabelledDataConfig(manifest=rows.source, modalities=made)
+    data = LabelledDataConfig(manifest=rows.source, modalities=rows.declared)
     return linked(replace(rows, targets=cells), TaskConfig(type="retrieval", target=target), data)
 
 

@@ -154,7 +154,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     """
     if config.search is not None:
         import_optuna()
-    task_metric = make_task(config.task, ("0", "1")).check_metric(config.early_stopping.metric)
+    plain = config.task.model_copy(update={"class_weight": "none"})  # its classes are not known yet
+    task_metric = make_task(plain, ("0", "1")).check_metric(config.early_stopping.metric)
     rows, parts = planned_rows(config)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
