@@ -142,7 +142,7 @@ def ranks_table(results: Path) -> str:
             of["wall_s"][kind],
             of["mib"][kind],
         ]
-        for ranks, of in row["ranks"].items()
+        for ranks, of in row.get("ranks", {}).items()
         for kind, label in names.items()
     ]
     head = [

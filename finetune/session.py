@@ -35,7 +35,7 @@ from .matching import with_negatives
 from .saved import device_of, save_encoder
 from .search_config import encoder_cost, import_optuna, trainings
 from .search_space import candidates
-from .targets import Targets, encode_targets
+from .targets import Targets, encode_targets, make_task
 from .tasks import Ints, Task
 from .unimodal import open_source
 
@@ -154,6 +154,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     """
     if config.search is not None:
         import_optuna()
+    plain = config.task.model_copy(update={"class_weight": "none"})  # its classes are not known yet
+    task_metric = make_task(plain, ("0", "1")).check_metric(config.early_stopping.metric)
     rows, parts = planned_rows(config)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
@@ -174,8 +176,7 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     check_methods(config, model, task.classes)
     fingerprint = encoder_fingerprint(model)
     _check_ranks(rows, fingerprint)
-    metric = task.check_metric(config.early_stopping.metric)
-    say(f"{_sizes(config, parts[-1][1])}; stopping by {metric}")
+    say(f"{_sizes(config, parts[-1][1])}; stopping by {task_metric}")
     if cost := encoder_cost(config, len(parts[-1][1].train)):
         say(cost)
     features, broken = extract(

@@ -1,7 +1,7 @@
 """Fine-tuning in several gloo processes has the features, gradients and scores of one process."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diptych.finetune import encoding, features
 from diptych.finetune.adapt import LiveRows, Part, fit
 from diptych.finetune.cells import Picture, PictureReader
 from diptych.finetune.class_contrast import ClassContrast, ClassTexts
-from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
+from diptych.finetune.config import AdaptConfig, HeadConfig, ModalityConfig, StoppingConfig
 from diptych.finetune.encoders import encoder_groups, open_encoders, parameter_groups
 from diptych.finetune.features import extract
 from diptych.finetune.fusion import build_head
@@ -49,6 +49,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def table(images: Sequence[Picture | None], texts: Sequence[str | None]) -> Rows:
+    declared = {k: ModalityConfig(column=k) for k in ("image", "text")}
+    cells = {"image": [picture and (picture,) for picture in images], "text": list(texts)}
+    return Rows("", [""] * len(texts), declared, cells)
+
+
 def part(folder: str, *, together: bool, first: int, last: int) -> Part:
     """Rows of which some lack the picture (the first four: some process has none in a small batch) or the
     text, with weights."""
@@ -56,7 +62,7 @@ def part(folder: str, *, together: bool, first: int, last: int) -> Part:
     images = [None if i % 5 == 0 or i < 4 else Picture(path=Path(folder, f"{i}.png")) for i in numbers]
     texts = [None if i % 5 == 1 and i > 4 else f"{WORDS[i % 4]} {i % 3}" for i in numbers]
     model = load_model(Path(folder, "checkpoint"))
-    rows = LiveRows(model, images, texts, ("image", "text"), 10**6, PictureReader(), together=together)
+    rows = LiveRows(model, table(images, texts), 10**6, PictureReader(), together=together)
     weights = 0.5 + torch.arange(first, last) % 3
     return Part(rows, torch.arange(first, last) % 2, weights)
 
@@ -152,7 +158,7 @@ def shared_features(rank: int, world: int, folder: str, cached: bool) -> dict[st
     images = [None if i == 4 else Picture(path=Path(folder, f"{i % 9}.png")) for i in range(ROWS)]
     images[7] = Picture(path=Path(folder, "absent.png"))
     texts = [f"{WORDS[i % 4]} " * (1 + i % 5) for i in range(ROWS)]
-    rows = Rows("", [""] * ROWS, ("image", "text"), images, list(texts), [], [], [])
+    rows = table(images, texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIPTYCH_CACHE", f"{folder}/cache_{world}")
         patch.setattr(encoding, "TEXT_BATCH", 4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diptych.configs.errors import UserError
 from diptych.finetune.cells import PictureFolder
-from diptych.finetune.config import FinetuneConfig, LabelledDataConfig, TaskConfig
+from diptych.finetune.config import FinetuneConfig, LabelledDataConfig, ModalityConfig, TaskConfig
 from diptych.finetune.features import FeatureRows
 from diptych.finetune.fusion import build_head
 from diptych.finetune.head_config import HeadConfig
@@ -103,8 +103,9 @@ def test_what_belongs_together_may_not_straddle_splits(tmp_path: Path) -> None:
 
 def _pairs(n: int, groups: list[str]) -> Rows:
     texts: list[str | None] = [f"text {i}" for i in range(n)]
-    none: list[Any] = [None] * n
-    return Rows("table", [str(i) for i in range(n)], ("image", "text"), none, texts, [1] * n, groups, [])
+    declared = {k: ModalityConfig(column=k) for k in ("image", "text")}
+    cells = {"image": [None] * n, "text": texts}
+    return Rows("table", [str(i) for i in range(n)], declared, cells, [1] * n, groups)
 
 
 def test_made_pairs_are_balanced_and_of_their_own_part() -> None:
@@ -120,13 +121,14 @@ def test_made_pairs_are_balanced_and_of_their_own_part() -> None:
     assert got.train.tolist() == list(range(8))
     for part, own in ((got.inner, splits.inner), (got.test, splits.test)):
         assert len(part) == 3 * len(own)
-        texts = [made.texts[i] for i in part]
+        texts = [made.cells["text"][i] for i in part]
         assert {texts.count(text) for text in texts} == {3}
-        assert {rows.texts.index(text) for text in texts} == set(own.tolist())
+        assert {rows.cells["text"].index(text) for text in texts} == set(own.tolist())
         for i in part[len(own) :]:
             a, b = made.ids[i].split(" + ")
             assert groups[int(a)] != groups[int(b)]
-            assert (made.groups[i], made.texts[i], made.targets[i]) == (groups[int(a)], f"text {b}", 0)
+            assert (made.groups[i], made.targets[i]) == (groups[int(a)], 0)
+            assert made.cells["text"][i] == f"text {b}"
     again, _ = with_negatives(config, rows, [(None, splits)])
     assert again == made
     with pytest.raises(UserError, match=r"2 texts that do not match cannot be found for each of the 6 inner"):

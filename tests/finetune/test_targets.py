@@ -199,13 +199,16 @@ def test_class_weights_go_by_name(tmp_path: Path) -> None:
         ({"type": "multilabel", "target": ("a",)}, "name two or more different columns"),
         (
             {"type": "multilabel", "target": ("a", "b"), "separator": ";"},
-            "separator belongs to multilabel with",
+            "separator belongs to multilabel and vqa with",
         ),
         (
             {"type": "multilabel", "target": ("a", "b"), "classes": ("a", "b")},
             "the labels are the names of the",
         ),
-        ({"type": "binary", "separator": ";"}, "separator belongs to multilabel with one text column"),
+        (
+            {"type": "binary", "separator": ";"},
+            "separator belongs to multilabel and vqa with one text column",
+        ),
         (
             {"type": "binary", "class_weight": {"1": -1.0}},
             "class_weight.1: -1.0 is no weight; give a number from",
@@ -248,13 +251,15 @@ def test_the_configs_of_the_documentation_are_valid(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
     fences = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     whole = [fence for fence in fences if fence.startswith("name:")]
-    tasks = [line for fence in fences for line in fence.splitlines() if line.startswith("task: {type: ")]
-    assert (len(whole), len(tasks)) == (1, 6)
-    (tmp_path / "whole.yaml").write_text(whole[0])
-    rest = whole[0].splitlines()
+    parts = [fence for fence in fences if fence not in whole]
+    tasks = [line for part in parts for line in part.splitlines() if line.startswith("task: {type: ")]
+    assert len(whole) >= 3
+    assert len(tasks) >= 5
+    for i, text in enumerate(whole):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        load_config(FinetuneConfig, tmp_path / f"{i}.yaml")
     for line in tasks:
-        lines = [line if old.startswith("task:") else old for old in rest if "smoothing" not in old]
-        lines = [old for old in lines if not old.startswith("eval")]
+        lines = [line if old.startswith("task:") else old for old in whole[0].splitlines()]
+        lines = [old for old in lines if "smoothing" not in old and not old.startswith("eval")]
         (tmp_path / "one.yaml").write_text("\n".join(lines))
         load_config(FinetuneConfig, tmp_path / "one.yaml")
-    assert load_config(FinetuneConfig, tmp_path / "whole.yaml").task.type == "multiclass"
