@@ -248,3 +248,11 @@ def test_gains_and_folds_are_in_points_for_all_metrics_that_are_told_in_percent(
     assert f">{score}<" in section
     assert f">{gain}<" in section
     assert ("in percent" in section) == (metric == "macro_map")
+
+
+def test_a_folder_that_holds_a_holdout_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "holdout").mkdir(parents=True)
+    (tmp_path / "run" / "holdout" / "results.json").write_text("{}")
+    path = write_report([tmp_path / "run"])
+    assert path == tmp_path / "run" / "holdout" / "report.html"
+    assert "run/holdout" in path.read_text()
