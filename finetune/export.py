@@ -131,7 +131,8 @@ def _open(source: str | Path, kind: str, head: str | None, say: Say) -> LoadedMo
         if not isinstance(model, LoadedModel):
             raise UserError(
                 f"{path}: its encoders were trained apart, and {kind} is a format of dual encoders; give "
-                f"torch_export, or take the folders in {folder} as they are, which timm and transformers read"
+                f"torch_export or onnx, or take the folders in {folder} as they are, which timm and "
+                "transformers read"
             )
         return model
     if head is not None:

@@ -17,7 +17,7 @@ from ..finetune.runs import contents, timeless
 
 SHORT = "adapt: {method: lp_ft, encoder_lr: 1.0e-3, encoder_batch_size: 32, encoder_epochs: 2}"
 HEADS = f"{{late: {{op: late}}, cross: {{op: cross, width: 16}}, tuned: {{op: bilinear, {SHORT}}}}}"
-CV = "eval.cv={folds: 2, repeats: 1}"
+CV = ("eval.cv={folds: 2, repeats: 1}", "search={trials: 2}")
 
 
 def launch(folder: Path, processes: int, out: str, *words: str) -> subprocess.Popen[str]:
@@ -67,13 +67,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> dict[str, Any]:
     """The undisturbed run of one process."""
-    finish(launch(folder, 1, "alone", CV))
+    finish(launch(folder, 1, "alone", *CV))
     return left(folder / "alone")
 
 
 @pytest.mark.slow
 def test_dealt_trainings_leave_what_one_process_leaves(folder: Path, truth: dict[str, Any]) -> None:
-    out = finish(launch(folder, 2, "dealt", CV))
+    out = finish(launch(folder, 2, "dealt", *CV))
     assert out.count("wrote ") == 2  # one process tells the results
     found = left(folder / "dealt")
     for what in truth:
@@ -83,7 +83,7 @@ def test_dealt_trainings_leave_what_one_process_leaves(folder: Path, truth: dict
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_number_of_processes(folder: Path, truth: dict[str, Any]) -> None:
     """Killed when some trainings are done, others have epochs, and others have not begun."""
-    process = launch(folder, 2, "killed", CV)
+    process = launch(folder, 2, "killed", *CV)
     run = folder / "killed"
     while not list(run.glob("folds/*/*/training/tuned/*/checkpoints/step_*")):
         assert process.poll() is None, process.communicate()[1][-2000:]
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(folder: Path, tru
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert not (run / "results.json").exists()
-    finish(launch(folder, 1, "killed", CV))
+    finish(launch(folder, 1, "killed", *CV))
     found = left(run)
     for what in truth:
         assert found[what] == truth[what], what
@@ -106,7 +106,7 @@ def test_a_mistake_and_a_killed_process_are_one_sentence_each(folder: Path) -> N
     assert process.returncode == 2
     assert len(told) == 1
     assert "/no/where" in told[0]
-    process = launch(folder, 2, "lost", CV)
+    process = launch(folder, 2, "lost", *CV)
     while not list((folder / "lost").glob("folds/*/*/training")):
         assert process.poll() is None
         time.sleep(0.02)
