@@ -234,9 +234,11 @@ class FinetuneConfig(StrictModel):
         if head.single:
             if head.op not in modalities:
                 near = get_close_matches(head.op, [*OPTIONS, *modalities], n=1, cutoff=0.6)
-                hint = f"; did you mean '{near[0]}'?" if near else f"; operators are {', '.join(OPTIONS)}"
-                hint = "" if head.op in ENCODED else hint
-                raise ValueError(f"heads.{name}: data.modalities has no {head.op}{hint}")
+                if head.op in ENCODED:
+                    hint = f"it has {', '.join(modalities)}; declare {head.op} there or remove the head"
+                else:
+                    hint = f"did you mean '{near[0]}'?" if near else f"operators are {', '.join(OPTIONS)}"
+                raise ValueError(f"heads.{name}: data.modalities has no {head.op}; {hint}")
             return
         if len(modalities) < 2:
             raise ValueError(f"heads.{name}: {head.op} needs two modalities in data.modalities")

@@ -100,6 +100,7 @@ def merge_lora(module: nn.Module) -> None:
     """Make every adapted weight a plain parameter again that holds W + scale * B A, in place."""
     for layer in list(module.modules()):
         if parametrize.is_parametrized(layer):
-            for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
+            for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]  a ModuleDict
+                # a ModuleDict
                 assert isinstance(layer.parametrizations[name][0], LowRank)  # pyright: ignore[reportIndexIssue]
                 parametrize.remove_parametrizations(layer, name, leave_parametrized=True)

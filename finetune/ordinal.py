@@ -25,7 +25,9 @@ class Ordinal(Head):
         assert thresholds > 1, "two ordered classes are a binary task"
         self.inner = inner
         self.modalities = inner.modalities
+        # a property there
         self.reads_tokens = inner.reads_tokens  # pyright: ignore[reportAttributeAccessIssue]
+        # a property there
         self.reads_inputs = inner.reads_inputs  # pyright: ignore[reportAttributeAccessIssue]
         self.first = nn.Parameter(torch.full((1,), (thresholds - 1) / 2))
         self.gaps = nn.Parameter(torch.full((thresholds - 1,), math.log(math.e - 1)))

@@ -132,7 +132,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch's own is less exact
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         return None, *(gradient * grad_outputs[0] for gradient in ctx.saved_tensors)

@@ -71,6 +71,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # torch's own is less exact
     def backward(ctx: Any, *grads: Tensor) -> Gradients:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         d_x = _by_input(grads[0], weight) if ctx.needs_input_grad[0] else None
@@ -86,6 +87,7 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # torch's own is less exact
     def backward(ctx: Any, *grads: Tensor) -> Gradients:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         by_parameters = _by_parameters(ctx, grads[0], F.gelu(x) if ctx.needs_input_grad[1] else x)

@@ -165,6 +165,7 @@ class _RowsOfAll(torch.autograd.Function):
         return all_gather_rows(local, counts, group)
 
     @staticmethod
+    # torch's own is less exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad_outputs[0][ctx.own], None
 
@@ -322,6 +323,7 @@ class ShardedScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [local(p.grad) for p in parameters if p.grad is not None]
+        # as torch.amp calls it
         check = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         check(grads, found_inf, inv_scale)
         found_inf.copy_(all_reduce_max(found_inf))

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# torch has no public base
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 __all__ = ["cut", "forward_backward", "inexact", "trains_batchnorm"]

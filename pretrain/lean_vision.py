@@ -40,6 +40,7 @@ def encode_image(tower: nn.Module, image: Tensor, kept: Tensor | None = None) ->
         )
         pooled = tower.ln_post(run_blocks(tower.transformer, x.flatten(0, 1), sequences))
     else:
+        # open_clip has no public one
         pooled, _ = tower._pool(tower.transformer(x))  # pyright: ignore[reportPrivateUsage]
     return pooled if tower.proj is None else pooled @ tower.proj
 

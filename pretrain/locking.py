@@ -10,6 +10,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from pydantic import Field
 from torch import nn
+
+# torch has no public base
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from ..configs.errors import UserError

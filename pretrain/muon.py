@@ -54,6 +54,7 @@ def hidden_matrices(model: nn.Module) -> dict[str, int]:
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, int] = {}
     for module in (inner for block in units(model) for inner in block.modules()):
+        # torch has no public base
         grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1  # pyright: ignore[reportPrivateUsage]
         if grouped or isinstance(module, nn.Embedding):
             continue
@@ -94,6 +95,7 @@ class Muon(torch.optim.AdamW):
         self.state.update(ours)
 
     @torch.no_grad()
+    # torch's own is less exact
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of all parameters that have a gradient."""
         assert closure is None

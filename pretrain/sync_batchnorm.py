@@ -17,6 +17,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# torch has no public base
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from ..configs.errors import UserError
@@ -129,7 +131,7 @@ class _GlobalNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch's own is less exact
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         """With xhat = (x - mean) / std: dx = weight / std * (dy - mean(dy) - xhat * mean(dy * xhat))."""

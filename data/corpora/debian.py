@@ -86,11 +86,15 @@ def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
                 assert content is not None, "a plain file has content"
                 yield str(path), content.read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
-        raise UserError(f"{archive} cannot be read ({error}); remove it and fetch again") from error
+        raise UserError(
+            f"{archive} cannot be read ({error}); give another with --deb, or remove it and fetch"
+        ) from error
 
 
 def _wrong(archive: Path, why: str) -> UserError:
-    return UserError(f"{archive} is not the package it should be: {why}; remove it and fetch again")
+    return UserError(
+        f"{archive} is not the package it should be: {why}; give another with --deb, or remove it and fetch"
+    )
 
 
 def _data_tar(file: IO[bytes], archive: Path) -> "_Unpacked":

@@ -28,6 +28,7 @@ def test_photos_are_of_the_size_and_kind_that_is_said(loader: ModuleType) -> Non
     for size in loader.SIDES.values():
         image = Image.open(io.BytesIO(loader.photo(*size, np.random.default_rng(0))))
         assert (image.size, image.mode, image.format) == (size, "RGB", "JPEG")
+        # of JPEGs alone
         assert image.layer == [(1, 2, 2, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # type: ignore[attr-defined]
 
 

@@ -330,7 +330,7 @@ def test_a_disk_that_fails_for_good_stops_the_run_with_the_files_name(
 def test_a_killed_worker_is_told_with_what_helps(corpus: Path) -> None:
     stream = stream_of(corpus, workers=1)
     next(stream)
-    worker: Any = stream._batches  # type: ignore[reportPrivateUsage]
+    worker: Any = stream._batches  # type: ignore[reportPrivateUsage]  its inside is what is tested
     os.kill(worker._workers[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"a data worker died \(exit code -9\).*lower data\.workers"):
         list(islice(stream, 20))
@@ -340,7 +340,7 @@ def test_a_killed_worker_is_told_with_what_helps(corpus: Path) -> None:
 def test_workers_leave_ctrl_c_to_the_training_process(corpus: Path, truth: list[Batch]) -> None:
     stream = stream_of(corpus, workers=1, prefetch=1)
     next(stream)
-    worker: Any = stream._batches  # type: ignore[reportPrivateUsage]
+    worker: Any = stream._batches  # type: ignore[reportPrivateUsage]  its inside is what is tested
     os.kill(worker._workers[0].pid, signal.SIGINT)
     assert all_same([next(stream) for _ in range(4)], truth[1:5])
     stream.close()

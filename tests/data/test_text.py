@@ -126,7 +126,7 @@ def test_captions_are_kept_within_bounds_and_give_the_same(monkeypatch: pytest.M
     for start in range(0, 60, 3):
         captions = [f"number {n % 7} of {n}" for n in range(start, start + 5)] * 2
         assert_equal_without_padding(unpack(tokenizer, captions), truth(captions), 0)
-        assert len(tokenizer._kept) <= 10  # type: ignore[reportPrivateUsage]
+        assert len(tokenizer._kept) <= 10  # type: ignore[reportPrivateUsage]  its inside is what is tested
     assert unpack(tokenizer, []) == []
 
 

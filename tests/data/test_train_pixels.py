@@ -80,7 +80,7 @@ def coordinates(width: int, height: int) -> bytes:
 def reductions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The factors by which images are reduced from now on."""
     seen: list[int] = []
-    inner = decode._decode  # type: ignore[reportPrivateUsage]
+    inner = decode._decode  # type: ignore[reportPrivateUsage]  its inside is what is tested
 
     def watched(data: bytes, header: Any, shrink: int) -> Any:
         seen.append(shrink)

@@ -74,6 +74,7 @@ def one_step(rank: int, world: int, folder: str, method: str) -> dict[str, Tenso
     assert isinstance(train.rows, LiveRows)
     model = train.rows.model
     distributed.alone()
+    # one of the literals
     adapt = AdaptConfig(method=method, modality_dropout=0.4, class_prompts=PROMPTS)  # type: ignore[arg-type]
     open_encoders(model, ("image", "text"), adapt)
     if method == "contrastive":

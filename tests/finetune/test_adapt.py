@@ -92,6 +92,7 @@ def test_a_layer_that_gets_no_gradient_is_found_at_once(monkeypatch: pytest.Monk
 
 def test_modality_dropout_takes_one_modality_of_some_rows_and_never_the_last() -> None:
     config = AdaptConfig(modality_dropout=0.4)
+    # as good as one here
     run = Training(nn.Linear(1, 1), TASK, config, StoppingConfig(), 0, lambda row: None)  # type: ignore[arg-type]
     both = {k: torch.ones(20_000, dtype=torch.bool) for k in WIDTHS}
     both["text"][:10_000] = False
@@ -111,6 +112,7 @@ def test_a_head_trained_with_missing_rows_predicts_with_them() -> None:
         assert isinstance(part.rows, FeatureRows)
         part.rows.index["image"][::3] = -1
     for op in ("concat", "gated", "bilinear", "late", "similarity", "weighted_sum"):
+        # as good as one here
         fitted, _ = train(HeadConfig(op=op), parts=tuple(parts), calibration="platt")  # type: ignore[arg-type]
         assert logits_of(fitted.head, parts[1].rows).isfinite().all()
         assert fitted.scale > 0
@@ -183,7 +185,7 @@ def test_of_epochs_with_one_score_the_one_with_the_least_loss_is_kept() -> None:
     """An ordinal head first says the most frequent class of every row, and its kappa stands still at 0: that
     must not end the training."""
     rows, log = xor_rows(400, 1), list[dict[str, Any]]()
-    first = rows.rows.tables["image"][:, 0].contiguous()  # type: ignore[attr-defined]
+    first = rows.rows.tables["image"][:, 0].contiguous()  # type: ignore[attr-defined]  of this kind here
     grades = torch.bucketize(first, first.quantile(torch.tensor([0.1, 0.9])))
     part, task = Part(rows.rows, grades), Task("ordinal", ("low", "mid", "high"))
     adapt = AdaptConfig(lr=1e-2, epochs=100, batch_size=64, modality_dropout=0.0)

@@ -141,6 +141,7 @@ def test_a_layer_of_the_encoders_without_gradient_is_found_at_once(method: str, 
 
 def test_the_rates_of_the_encoders_fall_from_layer_to_layer(model: LoadedModel) -> None:
     for method in ("lp_ft", "lora"):
+        # one of the literals
         adapt = AdaptConfig(method=method, lr=1e-2, encoder_lr=1e-4, encoder_layer_decay=0.5)  # type: ignore[arg-type]
         open_encoders(model, ["image", "text"], adapt)
         names = {parameter: name for name, parameter in model.clip.named_parameters()}
@@ -276,6 +277,7 @@ def test_retention_without_pairs_is_zero_shot_accuracy_or_nothing(model: LoadedM
     assert retention(alone, part.targets, TASK, AdaptConfig()) is None
     task = Task("multiclass", ("red_square", "blue-square"))
     got = retention(alone, part.targets, task, AdaptConfig())
+    # of this kind here
     images = frozen(type(part)(alone, part.targets)).rows.batch(torch.arange(10))[0]["image"]  # type: ignore[attr-defined]
     said = (images @ model.encode_captions(["red square", "blue square"]).T).argmax(1)
     assert got == {

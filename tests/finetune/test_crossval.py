@@ -24,7 +24,7 @@ from diptych.finetune.predictor import Predictor
 from diptych.finetune.report import write_report
 from diptych.finetune.tasks import Ints
 
-from .fold_runs import CV, HEADS, NAMES, make_run, permuted, pieces
+from .fold_runs import CV, HEADS, KILLED, NAMES, make_run, permuted, pieces
 from .labelled import match_rows, write_config, write_csv, write_task
 from .runs import finetune, timeless
 
@@ -40,22 +40,6 @@ def copy(made: Path, folder: Path) -> Path:
     shutil.copytree(made, folder, dirs_exist_ok=True)
     write_config(folder, HEADS)
     return folder
-
-
-KILLED = """
-import os, signal, sys
-from diptych.cli.finetune import print_results
-from diptych.cli.main import main
-from diptych.finetune import heads
-left, fit = [int(sys.argv[2])], heads.fit
-def killing(*args, **options):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return fit(*args, **options)
-heads.fit = killing
-main(["finetune", sys.argv[1], *sys.argv[3:]])
-"""
 
 
 def test_a_killed_run_goes_on_and_only_what_changed_is_trained_anew(

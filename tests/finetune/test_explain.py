@@ -119,9 +119,9 @@ def test_weights_are_those_that_the_head_uses(name: str) -> None:
 def test_what_is_explained() -> None:
     p = np.array([[0.1, 0.9], [0.8, 0.2]])
     binary, labels = Task("binary", ("no", "yes")), Task("multilabel", ("a", "b"))
-    assert explained_class(binary, p, None).tolist() == [1, 0]  # type: ignore[union-attr]
-    assert explained_class(labels, p, None).tolist() == [1, 0]  # type: ignore[union-attr]
-    assert explained_class(binary, p, "no").tolist() == [0, 0]  # type: ignore[union-attr]
+    assert explained_class(binary, p, None).tolist() == [1, 0]  # type: ignore[union-attr]  of this kind here
+    assert explained_class(labels, p, None).tolist() == [1, 0]  # type: ignore[union-attr]  of this kind here
+    assert explained_class(binary, p, "no").tolist() == [0, 0]  # type: ignore[union-attr]  of this kind here
     assert np.allclose(values_of(p, np.array([1, 0])), [np.log(9), np.log(4)])
     assert np.isfinite(values_of(np.array([[0.0, 1.0]]), np.array([1]))).all()
     numbers = Task("regression", ())
@@ -220,5 +220,5 @@ def test_source_of_rows_is_what_heads_are_given() -> None:
             return features["image"][:, :1]
 
     shown = [{}, {"image": np.array([False, True, True])}]
-    logits_under(Spy(), rows, shown, batch_size=8)  # type: ignore[arg-type]
+    logits_under(Spy(), rows, shown, batch_size=8)  # type: ignore[arg-type]  as good as one here
     assert [mask.tolist() for mask in seen] == [[True, False, True], [False, False, True]]

@@ -125,7 +125,7 @@ def test_the_encoders_fingerprint_depends_on_every_weight_and_on_the_preprocessi
     assert encoder_fingerprint(load_model(tmp_path / "checkpoint")) == key
     for parameter in (next(model.clip.visual.parameters()), model.clip.text.text_projection):
         with torch.no_grad():
-            parameter.view(-1)[-1] += 1e-3  # type: ignore[operator, union-attr]
+            parameter.view(-1)[-1] += 1e-3  # type: ignore[operator, union-attr]  of this kind here
         assert encoder_fingerprint(model) != key
         key = encoder_fingerprint(model)
     model.config["preprocess_cfg"]["interpolation"] = "bilinear"

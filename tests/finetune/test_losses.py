@@ -195,6 +195,7 @@ def test_every_loss_setting_of_a_task_changes_its_weights(task: Task) -> None:
     assert not torch.equal(state(fitted(task, targets, label_smoothing=0.1)[0]), plain)
     numbers = tuple(float(i + 1) for i in range(len(task.classes)))
     for weight in ("balanced", numbers):
+        # one of the literals
         assert not torch.equal(state(fitted(Task(task.type, task.classes, weight), targets)[0]), plain)  # type: ignore[arg-type]
     if task.type != "ordinal":
         focal = Task(task.type, task.classes, focal_gamma=2.0)

@@ -86,6 +86,7 @@ def test_late_answers_with_one_modality_as_that_modality_does(made: Path) -> Non
     features = model.encode_captions(texts)
     parts: list[Any] = []
     for one in late._saved:
+        # of this kind here
         logits = one.head.classify["text"](one.head.standard["text"](features))  # type: ignore[union-attr, operator, index]
         parts.append(late.task.probabilities(one.calibrated(logits)))
     assert np.abs(got - np.mean(parts, axis=0)).max() < 1e-6

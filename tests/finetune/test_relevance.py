@@ -92,6 +92,7 @@ def test_the_one_patch_and_the_one_word_with_a_value_have_all_of_it(op: str) -> 
         assert all(r == 0 for sign in words for word, r in sign.items() if word != "red")
 
 
+# any array
 def by_hand(model: LoadedModel, picture: Picture, head: Any, text: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
     """Relevance of the patches for class 1 from the weights of open_clip's ViT, layer by layer."""
     visual: Any = model.clip.visual
@@ -179,7 +180,7 @@ def test_timms_vits_are_looked_at_however_they_pool(pool: str) -> None:
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "ordinal", "regression"])
 def test_every_task_has_a_value(kind: str) -> None:
     classes = () if kind == "regression" else ("a", "b", "c")
-    task = Task(kind, classes)  # type: ignore[arg-type]
+    task = Task(kind, classes)  # type: ignore[arg-type]  one of the literals
     rows = rows_of([grey_but(0, 0)], ["red"])
     if kind == "regression":
         torch.manual_seed(1)

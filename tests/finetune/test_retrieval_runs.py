@@ -37,6 +37,7 @@ def by_open_clip(folder: Path) -> tuple[Any, Any, list[list[Any]]]:
     rows = [row for row in pair_rows(folder) if row[4] == "test"]
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder / 'checkpoint'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder / 'checkpoint'}")
+    # a transform
     pictures = torch.stack([preprocess(Image.open(folder / row[1])) for row in rows])  # type: ignore[operator]
     with torch.no_grad():
         images = model.eval().encode_image(pictures, normalize=True)

@@ -41,7 +41,7 @@ def test_fused_attention_is_torchs_to_rounding() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, H, n, 4, dtype=torch.float64) for n in (3, N, N))
     masks = [None, torch.rand(B, 1, 1, N) < 0.7, torch.randn(3, N, dtype=torch.float64)]
-    masks[1][..., 0] = True  # type: ignore[index]
+    masks[1][..., 0] = True  # type: ignore[index]  of this kind here
     for mask in masks:
         want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         with Attended():
@@ -61,6 +61,7 @@ def test_fused_attention_is_torchs_to_rounding() -> None:
     assert len(seen.maps) == 2
 
 
+# any array
 def reference(tokens: Tensor, blocks: list[dict[str, Tensor]], read: int, direction: Tensor) -> np.ndarray:  # type: ignore[type-arg]
     """Relevance of one sequence [N, W] by loops: single-head-by-head attention, residual, R as a whole matrix
     (Chefer et al. 2021, eq. 5 and 6), gradients by autograd of one scalar."""
@@ -112,6 +113,7 @@ def test_rollout_is_the_reference() -> None:
         assert want.max() > 1.01  # something besides the token itself
 
 
+# any array
 def forward_rollout(op: str, head: Any, layers: list[np.ndarray], sizes: list[int]) -> np.ndarray:  # type: ignore[type-arg]
     """The same rule with whole matrices from the first layer on: rows are tokens, columns those of the input
     (class tokens and bottlenecks are no input)."""

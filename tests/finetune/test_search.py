@@ -22,7 +22,7 @@ from diptych.finetune.features import silent
 from diptych.finetune.predictor import Predictor
 from diptych.finetune.report import write_report
 
-from .fold_runs import HEADS, NAMES, permuted, pieces
+from .fold_runs import HEADS, KILLED, NAMES, permuted, pieces
 from .labelled import write_config, write_csv, write_task
 from .pair_runs import COLUMNS as PAIRS
 from .pair_runs import pair_rows, run_pairs, write_pairs
@@ -97,21 +97,6 @@ def test_trial_0_is_the_config_as_it_is_written(made: Path, tmp_path: Path) -> N
             assert first["inner"] == alone["inner"]
             written = alone["adapt"] | alone["config"]
             assert first["settings"] == {key: written[key] for key in first["settings"]}
-
-
-KILLED = """
-import os, signal, sys
-from diptych.cli.main import main
-from diptych.finetune import heads
-left, fit = [int(sys.argv[2])], heads.fit
-def killing(*args, **options):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return fit(*args, **options)
-heads.fit = killing
-main(["finetune", sys.argv[1], *sys.argv[3:]])
-"""
 
 
 @pytest.mark.slow

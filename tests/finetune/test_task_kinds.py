@@ -98,7 +98,7 @@ def test_rows() -> list[dict[str, Any]]:
     return [{k: row[k] for k in ("id", "image", "text")} for row in rows() if row["split"] == "test"]
 
 
-test_rows.__test__ = False  # type: ignore[attr-defined]
+test_rows.__test__ = False  # type: ignore[attr-defined]  of this kind here
 
 
 @pytest.mark.parametrize(

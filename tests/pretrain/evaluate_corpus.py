@@ -78,6 +78,7 @@ def open_clip_features(checkpoint: Path, names: list[tuple[str, int]]) -> tuple[
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{checkpoint}")
     model.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{checkpoint}")
+    # a transform
     pictures = [preprocess(Image.open(io.BytesIO(square(n, 40 * v)))) for n, v in names]  # type: ignore[operator]
     captions = [f"{n} square" for n in dict.fromkeys(n for n, _ in names)]
     with torch.no_grad():

@@ -31,6 +31,7 @@ def after_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @pytest.fixture(params=["amd", "intel"])
 def vendor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply, on whatever machine this is."""
+    # its inside is what is tested
     if request.param == "amd" and cpu_linear._onednn is None:  # pyright: ignore[reportPrivateUsage]
         pytest.skip("this torch has no oneDNN product")
     monkeypatch.setattr(cpu_linear, "_onednn_pays", lambda: request.param == "amd")
@@ -140,8 +141,8 @@ def test_layers_keep_their_parameters_and_half_precision_runs_as_ever() -> None:
 
 def test_intels_processors_and_a_torch_without_onednn_run_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "_onednn", None)
-    cpu_linear._onednn_pays.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    cpu_linear._onednn_pays.cache_clear()  # pyright: ignore[reportPrivateUsage]  its inside is what is tested
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert linear(x, weight, None).equal(F.linear(x, weight))
     assert gelu_linear(x, weight, None).equal(after_gelu(x, weight, None))
-    cpu_linear._onednn_pays.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    cpu_linear._onednn_pays.cache_clear()  # pyright: ignore[reportPrivateUsage]  its inside is what is tested

@@ -157,7 +157,7 @@ def test_quick_retrieval_is_the_evaluation_without_its_extras_and_leaves_no_trac
 def test_a_diverged_model_is_an_error_and_not_a_perfect_score(run: Path, corpus: Path) -> None:
     loaded = load_model(run)
     with torch.no_grad():
-        loaded.clip.visual.proj.fill_(float("nan"))  # type: ignore[union-attr]
+        loaded.clip.visual.proj.fill_(float("nan"))  # type: ignore[union-attr]  of this kind here
     with pytest.raises(ValueError, match="diverged"):
         quick_retrieval(loaded, open_shards(corpus / "test_vendor"), loaded.tokenizer, SIZE, "cpu")
 

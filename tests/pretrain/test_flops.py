@@ -148,7 +148,7 @@ def test_towers_that_the_formula_does_not_fit_are_run() -> None:
     vision = {"timm_model_name": TINY, "timm_proj": "linear", "image_size": 224}
     clip = build_model(ModelConfig(embed_dim=16, vision_cfg=vision, text_cfg=TEXT))
     assert Costs(ContrastiveModel(clip)).vit is not None
-    clip.visual.trunk = timm.create_model(  # type: ignore[assignment]
+    clip.visual.trunk = timm.create_model(  # type: ignore[assignment]  of this kind here
         TINY, mlp_layer=SwiGLU, num_classes=0
     )
     assert Costs(ContrastiveModel(clip)).vit is None

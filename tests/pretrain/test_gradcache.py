@@ -70,6 +70,7 @@ def gradients(
     model.zero_grad()
 
     def loss_of(out: Features) -> Tensor:
+        # one of the literals
         return contrastive_loss(**out, valid=batch["valid"], kind=kind)  # type: ignore[arg-type]
 
     out = forward_backward(model, batch, loss_of, micro_batches=micro_batches, **more)

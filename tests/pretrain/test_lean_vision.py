@@ -66,7 +66,7 @@ def test_the_lean_tower_equals_open_clips_in_features_and_gradients(name: str) -
 def test_patches_as_a_matrix_product_equal_the_convolution() -> None:
     tower = build_tower()
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    truth = tower._embeds(image)  # pyright: ignore[reportPrivateUsage]
+    truth = tower._embeds(image)  # pyright: ignore[reportPrivateUsage]  open_clip has no public one
     torch.testing.assert_close(embed_patches(tower, image), truth, atol=1e-13, rtol=0)
 
 
@@ -100,6 +100,7 @@ def test_another_side_equals_a_tower_whose_positions_were_resized(side: int) -> 
     tower, other = build_tower(), build_tower(image_size=side)
     state, before = tower.state_dict(), tower.positional_embedding
     positions = {"visual.positional_embedding": tower.positional_embedding.detach().clone()}
+    # a stand-in
     resize_pos_embed(positions, SimpleNamespace(visual=other))  # pyright: ignore[reportArgumentType]
     state["positional_embedding"] = positions["visual.positional_embedding"]
     other.load_state_dict(state)

@@ -115,6 +115,7 @@ def test_patches_drop_in_training_only_and_as_set_now() -> None:
     def count(_module: Any, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].shape[0] // 2)
 
+    # of this kind here
     root.clip.visual.transformer.resblocks[0].register_forward_pre_hook(count)  # type: ignore[union-attr]
     for share in (0.0, 0.5, 0.9):
         root.patch_dropout = share

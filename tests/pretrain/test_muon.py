@@ -132,6 +132,7 @@ def test_an_overflow_skips_the_whole_step() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     scaler.scale(torch.ones(()))
+    # of this kind here
     next(iter(model.parameters())).grad.fill_(torch.inf)  # pyright: ignore[reportOptionalMemberAccess]
     scaler.unscale_(optimizer)
     scaler.step(optimizer)

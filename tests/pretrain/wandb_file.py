@@ -34,6 +34,7 @@ def history(path: Path) -> list[dict[str, Any]]:
     wandb.teardown()  # its service writes the last rows when it ends
     rows: list[dict[str, Any]] = []
     for data in records(path):
+        # made by protobuf
         record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(data)
         if record.HasField("history"):
