@@ -27,6 +27,8 @@ __all__ = [
     "complete",
     "folder_name",
     "newest_checkpoint",
+    "newest_or_none",
+    "newest_step",
     "read_document",
     "read_tensors",
     "remove",
@@ -121,15 +123,36 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over, each named in a warning. None if
-    there is none. Raises UserError for one that a newer version of the program has written."""
+def newest_checkpoint(run: Path, *, before: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of a step before ``before`` if that is given; damaged ones are
+    passed over, each named in a warning. None if there is none. Raises UserError for one that a newer version
+    of the program has written."""
     for found in scan(run, strict=True):
+        if before is not None and found.step >= before:
+            continue
         problem = found.problem or verify(found.folder)
         if problem is None:
             return found.folder
         log.warning("%s; going back to an older checkpoint", problem)
     return None
+
+
+def newest_or_none(run: Path) -> Path | None:
+    """As ``newest_checkpoint``, but raises UserError where there are checkpoints and none is whole: a run
+    does not start over by mistake."""
+    newest = newest_checkpoint(run)
+    if newest is None and (found := scan(run)):
+        raise UserError(
+            f"{run / 'checkpoints'} holds {len(found)} checkpoints of which none is whole; remove that "
+            "folder to start the run from its beginning, or put a whole one there"
+        )
+    return newest
+
+
+def newest_step(run: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest finished checkpoint, whose files' hashes are not looked at; None if there
+    is none."""
+    return next(((one.step, one.folder) for one in scan(run) if one.problem is None), None)
 
 
 def remove_leftovers(run: Path) -> None:

@@ -99,7 +99,8 @@ class PretrainConfig(StrictModel):
             raise ValueError("checkpoint.keep_best needs held-out shards; give evaluate.data")
         if self.evaluate.every_steps % self.checkpoint.every_steps:
             raise ValueError(
-                f"checkpoint.keep_best: evaluate.every_steps ({self.evaluate.every_steps}) must be a multiple "
-                f"of checkpoint.every_steps ({self.checkpoint.every_steps}), so that what is scored is saved"
+                f"checkpoint.keep_best: evaluate.every_steps ({self.evaluate.every_steps}) must be a "
+                f"multiple of checkpoint.every_steps ({self.checkpoint.every_steps}): what is scored must be "
+                "saved"
             )
         return self

@@ -13,7 +13,7 @@ from ..data.shards import open_shards
 from ..data.stream import open_stream
 from ..data.text import tokenizer_for
 from . import distributed
-from .checkpoint import newest_checkpoint, remove_leftovers
+from .checkpoint import newest_or_none, remove_leftovers
 from .compiled import compile_blocks
 from .config import PretrainConfig
 from .ema import Ema
@@ -119,7 +119,7 @@ class RunParts:
             self.folder / "quarantine.jsonl",
             lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
         )
-        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""))
+        newest = on_rank_0(lambda: str(newest_or_none(self.folder) or ""))
         name = distributed.broadcast_json(newest)
         if self.world_size > 1 and (name or self.state.sharded):
             require_shared(self.folder)

@@ -15,11 +15,15 @@ __all__ = ["CheckpointConfig", "KeepBest", "best_of", "superseded"]
 class KeepBest(StrictModel):
     """Checkpoints that stay for a score they had on the held-out shards."""
 
-    metric: str = Field(
-        default="val/image_to_text_R@5", pattern=r"^val/(image_to_text|text_to_image)_R@(1|5|10)$"
-    )
-    """A score of the rows of kind ``eval`` in ``metrics.jsonl``."""
-    mode: Literal["max", "min"] = "max"
+    metric: Literal[
+        "val/image_to_text_R@1",
+        "val/image_to_text_R@5",
+        "val/image_to_text_R@10",
+        "val/text_to_image_R@1",
+        "val/text_to_image_R@5",
+        "val/text_to_image_R@10",
+    ] = "val/image_to_text_R@5"
+    """A score of the rows of kind ``eval`` in ``metrics.jsonl``; the highest are the best."""
     count: int = Field(default=1, ge=1)
 
 
@@ -58,8 +62,8 @@ def best_of(found: Sequence[Found], best: KeepBest) -> list[Found]:
     for one in found:
         value = one.facts.get("metrics", {}).get(best.metric)
         if one.problem is None and isinstance(value, int | float) and math.isfinite(value):
-            scored.append((-value if best.mode == "max" else value, one))
-    return [one for _, one in sorted(scored, key=lambda pair: pair[0])][: best.count]
+            scored.append((value, one))
+    return [one for _, one in sorted(scored, key=lambda pair: -pair[0])][: best.count]
 
 
 def superseded(

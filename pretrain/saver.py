@@ -28,7 +28,7 @@ from .state import TrainState
 
 __all__ = ["Saver", "require_shared"]
 
-LAST_PAUSES_S = (1.0, 5.0, 15.0)  # between the attempts at the end of a run
+LAST_PAUSES_S = (1.0, 3.0, 9.0, 27.0)  # before each attempt at the end of a run, if one has failed
 NOTABLE_S = 0.1  # a shorter wait is not worth a word
 
 
@@ -148,16 +148,29 @@ class Saver:
         """What the held-out shards gave at this step; rank 0 alone knows."""
         self._scores = (self.state.step, dict(scores))
 
-    def save(self, *, last: bool = False) -> None:
-        """Start to write the checkpoint of this step; all ranks call it. ``last``: do not come back before
-        it is durable, try again if need be, and raise UserError, on all ranks, if that does not help."""
+    def save(self) -> None:
+        """Start to write the checkpoint of this step; all ranks call it."""
         if self._now is not None:
             self._wait_for_the_one_before()
         self._begin()
-        if last:
-            self._insist()
-        elif not self.config.asynchronous:
+        if not self.config.asynchronous:
             self.wait()
+
+    def finish(self) -> None:
+        """Come back when the last finished step is durable; all ranks call it. A save that fails is tried
+        again a few times; then UserError is raised, on all ranks."""
+        for pause in (*LAST_PAUSES_S, None):
+            while self._now is not None:
+                self._go_on()
+            if self.saved_step == self.state.step:
+                return
+            if pause is not None:
+                time.sleep(pause if self._failed else 0)
+                self._begin()
+        raise UserError(
+            f"{self._problem}, and it was tried {len(LAST_PAUSES_S)} times; make room, then the same command "
+            f"goes on after step {self.saved_step}"
+        )
 
     def wait(self) -> None:
         """Until nothing is on its way; all ranks call it. Raises UserError as ``heed`` does."""
@@ -262,20 +275,6 @@ class Saver:
                 f"written when that of step {self.state.step} was due; raise checkpoint.every_steps"
             )
             self.tell({"waited_s": waited, "warning": warning})
-
-    def _insist(self) -> None:
-        for pause in (*LAST_PAUSES_S, None):
-            while self._now is not None:
-                self._go_on()
-            if self.saved_step == self.state.step:
-                return
-            if pause is not None:
-                time.sleep(pause)
-                self._begin()
-        raise UserError(
-            f"{self._problem}, tried {len(LAST_PAUSES_S) + 1} times; make room, then the same command goes on "
-            f"after step {self.saved_step}"
-        )
 
 
 def _make(folder: Path) -> None:

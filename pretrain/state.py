@@ -11,7 +11,7 @@ processes or in one, and the other way round.
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -41,21 +41,21 @@ from .snapshot import Snapshot, Stager
 from .towers import bundle_text, open_clip_config
 from .weights import CONFIG_NAME
 
-__all__ = ["Held", "TrainState"]
+__all__ = ["Saved", "TrainState"]
 
 log = logging.getLogger(__name__)
 RNG_NAME, TRAINER_NAME = "rng.safetensors", "trainer.json"
 
 
-class Held(Protocol):
-    """Something of a run that a checkpoint holds, in ``trainer.json`` under a key of its own."""
+class Saved(Protocol):
+    """What brings its own part of a checkpoint, as JSON."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values (JSON), the same on every rank."""
+        """Its part."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
         ...
 
 
@@ -71,8 +71,7 @@ class TrainState:
     device: torch.device
     step: int = 0
     samples_seen: int = 0
-    held: dict[str, Held] = field(default_factory=dict[str, Held])
-    """Whatever else must survive a restart, by its key in ``trainer.json``."""
+    guard: Saved | None = None
 
     @property
     def clip(self) -> CustomTextCLIP:
@@ -147,7 +146,7 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "versions": versions(),
-            **{name: owner.state_dict() for name, owner in self.held.items()},
+            "guard": None if self.guard is None else self.guard.state_dict(),
         }
         documents = {CONFIG_NAME: open_clip_config(self.clip), TRAINER_NAME: trainer}
         documents |= {} if layout is None else {LAYOUT_NAME: layout}
@@ -159,6 +158,21 @@ class TrainState:
         Raises UserError if it is of another model, optimizer or data set, or if a part is missing, which is
         named; with ``allow_partial`` that part stays as it is, with a warning.
         """
+        trainer = self.go_back(folder, allow_partial=allow_partial)
+        if "stream" in trainer:
+            self.stream.load_state_dict(trainer["stream"])
+        if self.guard is not None and trainer.get("guard") is not None:
+            self.guard.load_state_dict(trainer["guard"])
+        self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
+        if (folder / RNG_NAME).is_file():
+            self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
+
+    def go_back(self, folder: Path, *, allow_partial: bool = False) -> dict[str, Any]:
+        """Take weights, averages, optimizer and scaler of a checkpoint, and leave all else where it is:
+        steps, samples seen, the place in the data, random numbers.
+
+        Returns its trainer.json. Raises UserError as ``load`` does.
+        """
         trainer = checkpoint.read_document(folder / TRAINER_NAME)
         averaged = trainer.get("ema") is not None
         if (self.ema is not None) != averaged:
@@ -167,18 +181,6 @@ class TrainState:
             )
         saved = SavedTensors(folder, averaged=averaged)
         self._refuse_partial(folder, self._missing(trainer, saved, folder), allow_partial)
-        self.load_weights(saved, trainer)
-        if "stream" in trainer:
-            self.stream.load_state_dict(trainer["stream"])
-        for name, owner in self.held.items():
-            if name in trainer:
-                owner.load_state_dict(trainer[name])
-        self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
-        if (folder / RNG_NAME).is_file():
-            self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
-
-    def load_weights(self, saved: SavedTensors, trainer: Mapping[str, Any]) -> None:
-        """Weights, average, optimizer and scaler alone, of a checkpoint of this very run."""
         own = self.clip.state_dict()
         if self.ema is not None:
             self.ema.load_state_dict(trainer["ema"], saved.all_like("ema", own))
@@ -187,6 +189,7 @@ class TrainState:
             self._load_optimizer(saved)
         if self.scaler is not None and trainer.get("scaler") is not None:
             self.scaler.load_state_dict(trainer["scaler"])
+        return trainer
 
     def _missing(self, trainer: Mapping[str, Any], saved: SavedTensors, folder: Path) -> Iterator[str]:
         """Names of the parts that this run has and the checkpoint has not."""
@@ -194,9 +197,10 @@ class TrainState:
             yield f"optimizer ({OPTIMIZER_NAME})"
         if not (folder / RNG_NAME).is_file():
             yield f"random states ({RNG_NAME})"
-        if self.scaler is not None and trainer.get("scaler") is None:
-            yield f"scaler ({TRAINER_NAME})"
-        yield from (f"{name} ({TRAINER_NAME})" for name in ("stream", *self.held) if name not in trainer)
+        own = {"stream": self.stream, "scaler": self.scaler, "guard": self.guard}
+        for name, part in own.items():
+            if part is not None and trainer.get(name) is None:
+                yield f"{name} ({TRAINER_NAME})"
 
     def _refuse_partial(self, folder: Path, parts: Iterable[str], allowed: bool) -> None:
         if not (missing := ", ".join(parts)):
@@ -206,7 +210,8 @@ class TrainState:
                 f"resume.allow_partial: {folder} lacks {missing}; set it to true to go on without, or remove "
                 "the folder to use an older one"
             )
-        log.warning("%s lacks %s, which begins anew", folder, missing)
+        if distributed.rank() == 0:
+            log.warning("%s lacks %s, which begins anew", folder, missing)
 
     def _names(self) -> list[str]:
         """Parameter names in the optimizer's order."""

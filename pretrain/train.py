@@ -127,11 +127,12 @@ class _Run(RunParts):
             if self._validation_due(stopping):
                 with clock.paused():
                     self._validate()
-            if self.saver.due(state.step) or last:
+            if self.saver.due(state.step):
                 with clock.paused():
                     self.guard.check(config.optim.lr)
-                    self.saver.save(last=last)
-        assert self.saver.saved_step == state.step
+                    self.saver.save()
+        self.guard.check(config.optim.lr)
+        self.saver.finish()
         return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
 
     def _enter_step(self) -> float:

@@ -114,7 +114,9 @@ def job(
         trainer.state.load(Path(folder) / "checkpoints" / "step_00000002")
     elif folder:
         trainer.steps(2)
-        Saver(Path(folder), trainer.state, CheckpointConfig()).save(last=True)
+        saver = Saver(Path(folder), trainer.state, CheckpointConfig())
+        saver.save()
+        saver.wait()
     trainer.steps(STEPS)
     return trainer.result()
 
