@@ -144,6 +144,7 @@ class Stream(Iterator[Batch]):
                 multiprocessing_context=self._config.start_method,
                 collate_fn=_unchanged,
                 worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # else a start draws one of the run's random numbers
                 pin_memory=self._pin_memory,
             )
             batches = iter(loader)

@@ -301,11 +301,11 @@ class Runner:
         return self.log.read_text()[-3000:] if self.log.is_file() else "no log"
 
 
-def check(start: Start, *, every_steps: int, runner: Runner) -> None:
-    """A start that was killed: by the fault alone, without loss beyond the interval of saves."""
+def check(start: Start, *, at_most: int, runner: Runner) -> None:
+    """A start that was killed: by the fault alone, with ``at_most`` so many steps to do again."""
     told = f"{start}\n{runner.log.read_text()[-3000:] if runner.log.is_file() else ''}"
     assert start.saved >= start.first, f"a checkpoint is lost: {told}"
-    assert start.lost <= every_steps, f"more than an interval is lost: {told}"
+    assert start.lost <= at_most, f"more than an interval is lost: {told}"
     if runner.world_size == 1:
         assert start.codes[0] in (0, -signal.SIGKILL, -signal.SIGALRM), told
 
@@ -314,15 +314,15 @@ def kill_until_done(
     runner: Runner,
     faults: Iterator[Fault],
     *,
-    every_steps: int,
+    at_most: int,
     tell: Callable[[Start], None] = lambda start: None,
 ) -> list[Start]:
-    """All starts of the run; the last one finishes it."""
+    """All starts of the run; the last one finishes it. ``at_most``: steps that a kill may cost."""
     starts: list[Start] = []
     for fault in faults:
         starts.append(runner.once(fault))
         tell(starts[-1])
-        check(starts[-1], every_steps=every_steps, runner=runner)
+        check(starts[-1], at_most=at_most, runner=runner)
         if not starts[-1].killed:
             return starts
     starts.append(runner.once(None))
@@ -336,6 +336,12 @@ def without_clock(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not CLOCK.match(key)}
 
 
+def trained(run: Path) -> list[dict[str, Any]]:
+    """What the run's metrics say of training and scores; when a checkpoint was complete is a matter of
+    time."""
+    return [without_clock(row) for row in rows_of(run) if row["kind"] != "checkpoint"]
+
+
 def contents(checkpoint: Path) -> dict[str, str]:
     """Hash of every file of a checkpoint but the manifest, which has them too."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "manifest.json")
@@ -345,7 +351,7 @@ def contents(checkpoint: Path) -> dict[str, str]:
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Where a run is not the undisturbed one: metrics but for the clock, every byte of the checkpoints."""
     found: list[str] = []
-    rows, others = ([without_clock(row) for row in rows_of(one)] for one in (run, undisturbed))
+    rows, others = trained(run), trained(undisturbed)
     if len(rows) != len(others):
         found.append(f"{len(rows)} rows of metrics instead of {len(others)}")
     found += [f"{a} instead of {b}" for a, b in zip(rows, others, strict=False) if a != b][:3]
