@@ -103,7 +103,7 @@ def write_tensors(path: Path, what: Mapping[str, Spec], read: Callable[[str], Te
             assert (value.dtype, tuple(value.shape)) == (what[name].dtype, what[name].shape), name
             if value.numel():
                 flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                out.write(memoryview(flat.numpy()))
+                out.write(flat.numpy().data)
         return out.finish()
 
 
