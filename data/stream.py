@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+import torch
 from torch.utils.data import DataLoader
 
 from ..configs.errors import UserError

@@ -8,9 +8,9 @@ forks. Lines of JSON go in, one line of JSON comes back for each:
     {}    -> {"ended": {PID: {"code": -9, "cpu_s": .., "mib": ..}, ..}}    what has ended since
 
 ``words`` are those of the ``diptych`` command. ``point`` is where the process ends itself by SIGKILL: before
-the ``number``-th audit event (PEP 578) whose ``EVENT ARGUMENT`` the pattern ``event`` matches, once there was
-one that ``after`` matches, or in the ``number``-th call of the function ``call`` (``module:name``), ``delay_s``
-later.
+the ``number``-th audit event (PEP 578) whose ``EVENT ARGUMENT`` the pattern ``event`` matches, once there
+was one that ``after`` matches, or in the ``number``-th call of the function ``call`` (``module:name``),
+``delay_s`` later.
 """
 
 import ctypes
@@ -26,8 +26,14 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 OF_FILES = ("os.", "shutil.", "open")
-MODULES = ("torch", "open_clip", "accelerate", "diptych.cli.main", "diptych.cli.pretrain", "diptych.pretrain.train")
-
+MODULES = (
+    "torch",
+    "open_clip",
+    "accelerate",
+    "diptych.cli.main",
+    "diptych.cli.pretrain",
+    "diptych.pretrain.train",
+)
 
 
 def die(delay_s: float) -> None:

@@ -158,9 +158,7 @@ class Start:
 
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint folder that has its manifest, 0 if there is none."""
-    steps = [
-        json.loads(file.read_text())["step"] for file in run.glob("checkpoints/step_*/manifest.json")
-    ]
+    steps = [json.loads(file.read_text())["step"] for file in run.glob("checkpoints/step_*/manifest.json")]
     return max(steps, default=0)
 
 
@@ -253,22 +251,23 @@ class Runner:
         return self.forker.start(self.words, self.log, environment=environment, point=point)
 
     def _watch(self, pids: list[int], fault: Fault | None, before: int, start: Start) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        due: float | None = None
+        """Until a process has ended, by its fault, by the one that comes from here, or by itself."""
+        outside = fault if fault is not None and fault.point is None else None
+        deadline, due = time.monotonic() + PATIENCE_S, float("inf")
         while not any(self.forker.look(pid) for pid in pids):
             now = time.monotonic()
-            # a start that goes on puts another file in its place
+            # a start that goes on puts another file in the place of the metrics
             rows = rows_of(self.run) if inode(self.run) != before else []
             grown = max([start.first, *(row["step"] for row in rows)]) - start.first
             if grown > start.sample.get("steps", 0):
                 start.sample |= {**sample(pids[0]), "steps": grown}
                 deadline = now + PATIENCE_S
-            if fault is not None and fault.point is None and due is None and grown >= fault.rows and (rows or not fault.rows):
-                due = now + fault.delay_s
-            if due is not None and fault is not None and now >= due:
-                for pid in pids if fault.ranks == "all" else [pids[int(fault.ranks)]]:
-                    self._kill(pid)
-                break
+            if outside is not None:
+                due = min(due, now + outside.delay_s) if grown >= outside.rows else due
+                if now >= due:
+                    for pid in pids if outside.ranks == "all" else [pids[int(outside.ranks)]]:
+                        self._kill(pid)
+                    break
             assert now < deadline, f"no row within {PATIENCE_S} s: {self._tail()}"
             time.sleep(0.005)
         self._others(pids, fault, start)

@@ -56,9 +56,7 @@ def told(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_everywhere_is_the_undisturbed_one(
-    forker: Forker, config: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_everywhere_is_the_undisturbed_one(forker: Forker, config: Path, tmp_path: Path) -> None:
     straight = undisturbed(forker, config, tmp_path / "straight")
     first, *_, last = losses(straight)
     assert last[1] < 0.6 * first[1]  # it learns, so a lost moment or batch would show
