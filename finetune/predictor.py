@@ -175,7 +175,7 @@ class Predictor:
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> list[dict[str, float]]:
-        """Per row what each modality contributed to the answer, exact Shapley values (``explain.shapley``): of
+        """Per row what each modality contributed to the answer, exact Shapley values (``shapley.py``): of
         the log odds of the predicted class (multilabel: the most probable label), or of the class ``of``; for
         regression of the number, in the target's unit.
 
