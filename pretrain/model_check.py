@@ -85,9 +85,8 @@ def _check_values(given: Mapping[str, Any], cls: type, where: str) -> None:
                 raise UserError(
                     f"{where}.{name}: {_told(leaf)} is more than a model has ({MOST_OF.get(name, MOST)})"
                 )
-    whole = {
-        k: v for k, v in given.items() if v is not None
-    }  # as open_clip's own defaults, whatever they say
+    unset = {f.name for f in fields(cls) if f.default is None}  # whose type open_clip does not always say so
+    whole = {k: v for k, v in given.items() if v is not None or k not in unset}
     try:
         _adapter(cls).validate_json(json.dumps(whole), strict=True)
     except ValidationError as error:
