@@ -25,6 +25,7 @@ from ..configs.files import fsync_folder
 __all__ = [
     "MANIFEST",
     "newest_checkpoint",
+    "newest_step",
     "read_document",
     "read_tensors",
     "remove_leftovers",
@@ -148,6 +149,12 @@ def newest_checkpoint(run: Path) -> Path | None:
             return folder
         log.warning("%s; going back to an older checkpoint", problem)
     return None
+
+
+def newest_step(run: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest finished checkpoint, whose files are not looked at; None if there is
+    none."""
+    return next(iter(_by_step(run / "checkpoints")), None)
 
 
 def remove_leftovers(run: Path) -> None:
