@@ -273,7 +273,7 @@ def noticed(key: str) -> str:
         return ""
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
 
 

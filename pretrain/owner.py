@@ -74,7 +74,8 @@ class RunLock:
             holder = _holder(handle)
             os.close(handle)
             raise UserError(
-                f"{self.folder} is in use by {holder}; wait until that has ended, or set out to another folder"
+                f"{self.folder} is in use by {holder}; wait until that has ended, or set out to another "
+                "folder"
             ) from error
         return True
 

@@ -37,7 +37,7 @@ class Stopped(BaseException):
 class StopRequest:
     """Whether this run was told to stop, and by what: ``reason`` is a signal's name, "" while it is not."""
 
-    def __init__(self, key: str = "", leave: Callable[[str], None] | None = None) -> None:
+    def __init__(self, key: str = "", leave: Callable[[str], object] | None = None) -> None:
         """``key``: where the ranks of a run tell one another; see ``stop_on_signals`` for ``leave``."""
         self.reason = ""
         self.starting = True
@@ -154,13 +154,13 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 @contextmanager
-def stop_on_signals(leave: Callable[[str], None] | None = None) -> Generator[StopRequest]:
+def stop_on_signals(leave: Callable[[str], object] | None = None) -> Generator[StopRequest]:
     """Inside the block SIGINT, SIGTERM and SIGHUP ask to stop; afterwards the old handlers are back.
 
-    Until ``closed`` is called there is nothing to save: they raise Stopped, and where a launched process does
-    not leave a call that waits for the others, the listener calls ``leave`` with the signal's name and ends the
-    process. SIGHUP is left alone where it is ignored (nohup). Works in the main thread; elsewhere signals stay
-    with whoever has them.
+    Until ``closed`` is called there is nothing to save: they raise Stopped, and where a launched process
+    does not leave a call that waits for the others, the listener calls ``leave`` with the signal's name and
+    ends the process. SIGHUP is left alone where it is ignored (nohup). Works in the main thread; elsewhere
+    signals stay with whoever has them.
     """
     stop = StopRequest(f"diptych/stop/{next(_runs)}", leave)
     if threading.current_thread() is not threading.main_thread():

@@ -183,8 +183,8 @@ class _Run(RunParts):
         )
 
     def _next(self, stop: StopRequest, clock: Clock) -> Batch | None:
-        """This rank's next batch; None if any rank was told to stop, after the last finished step. A failure on
-        one rank is raised on all."""
+        """This rank's next batch; None if any rank was told to stop. A failure on one rank is raised on
+        all."""
         place = self.stream.place
         batch: Batch = {}
         problem = ""
