@@ -2,7 +2,7 @@
 
 Every process builds the same model, takes its rows of each global batch from the stream and joins the loss
 over the global batch. One small all-reduce a step carries what all must know: damaged samples, a request to
-stop, a failure.
+stop, a failure, the end of a save.
 """
 
 from contextlib import suppress
@@ -104,7 +104,7 @@ class _Run(RunParts):
         config, state = self.config, self.state
         if self.show is not None:
             self.show.start(self._facts())
-        saved = state.step
+        self.saver.tell = partial(self._log, "checkpoint")
         precision = config.train.precision
         clock = Clock(state.samples_seen, device=self.device, costs=self.costs, precision=precision)
         self.model.train()
@@ -151,12 +151,12 @@ class _Run(RunParts):
             if self._validation_due():
                 with clock.paused():
                     self._validate(stop)
-            if state.step % config.checkpoint.every_steps == 0 or last:
+            if self.saver.due(state.step):
                 with clock.paused():
-                    self._save()
-                saved = state.step
-        if saved < state.step:
-            self._save()
+                    self.guard.check(config.optim.lr)
+                    self.saver.save()
+        self.guard.check(config.optim.lr)
+        self.saver.finish()
         return self._end(stop)
 
     def _enter_step(self) -> float:
@@ -197,8 +197,8 @@ class _Run(RunParts):
         except UserError as error:
             problem = str(error)
         bad = batch.get("bad", [])
-        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem))])
-        damaged, asked, failed = distributed.all_reduce_sum(flags).tolist()
+        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem)), *self.saver.flags()])
+        damaged, asked, failed, *saving = distributed.all_reduce_sum(flags).tolist()
         stop.starting = False
         if asked:
             self.stream.place = place
@@ -209,11 +209,8 @@ class _Run(RunParts):
         if damaged:
             seen = self.state.samples_seen + self.batch_size
             self.quarantine.add(bad, step=self.state.step + 1, samples_seen=seen)
+        self.saver.heed(*saving)
         return batch
-
-    def _save(self) -> None:
-        self.guard.check(self.config.optim.lr)
-        self.state.save(self.folder, keep=self.config.checkpoint.keep)
 
     def _end(self, stop: StopRequest) -> Outcome:
         """Say in the run folder how it ended."""
@@ -243,6 +240,7 @@ class _Run(RunParts):
                 max_images=self.config.evaluate.max_images,
                 look=stop.look,
             )
+            self.saver.scored(scores)
             self._log("eval", dict(scores))
 
     def _log(self, kind: str, row: dict[str, Any]) -> None:
