@@ -164,9 +164,9 @@ class Stream(Iterator[Batch]):
                 multiprocessing_context=self._config.start_method,
                 collate_fn=_unchanged,
                 worker_init_fn=partial(_start_worker, os.getpid() if in_main else None),
+                generator=torch.Generator(),  # else a start draws one of the run's random numbers
                 pin_memory=self._pin_memory,
                 timeout=LOOK_S,
-                generator=torch.Generator(),  # the training's own is left where a checkpoint has it
             )
             batches = iter(loader)
         _workers.update(_workers_of(batches))
