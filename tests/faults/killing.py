@@ -105,10 +105,16 @@ class Forker:
         return json.loads(line)
 
     def start(
-        self, words: Sequence[str], log: Path, *, environment: dict[str, str], point: dict[str, Any] | None
+        self,
+        words: Sequence[str],
+        log: Path,
+        *,
+        environment: dict[str, str],
+        point: dict[str, Any] | None = None,
+        **more: Any,
     ) -> int:
-        """A new process ``diptych WORDS``; its number."""
-        job = {"words": list(words), "log": str(log), "environment": environment, "point": point}
+        """A new process ``diptych WORDS``, or what ``more`` says (see forker.py); its number."""
+        job = {"words": list(words), "log": str(log), "environment": environment, "point": point, **more}
         return int(self._ask(job)["pid"])
 
     def look(self, pid: int) -> dict[str, Any] | None:
