@@ -4,11 +4,11 @@
 
 Each trains the same small CLIP for three epochs of twelve batches on one core. Something goes wrong in it,
 the same command is started again, and it is held against its own undisturbed run: did it end without a hand,
-how many steps were done again, which samples did the final weights not learn from or learn from twice, and how
-far are they from the undisturbed ones. Diptych and Accelerate save every four steps, open_clip every epoch, as
-often as it can. Accelerate is a loop as in its guide to checkpoints; what it reads is the loop's own, so that
-there is no damaged shard for it. open_clip's loader needs an old webdataset and pandas, which pip puts into a
-folder of their own.
+how many steps were done again, which samples did the final weights not learn from or learn from twice, and
+how far are they from the undisturbed ones. Diptych and Accelerate save every four steps, open_clip every
+epoch, as often as it can. Accelerate is a loop as in its guide to checkpoints; what it reads is the loop's
+own, so that there is no damaged shard for it. open_clip's loader needs an old webdataset and pandas, which
+pip puts into a folder of their own.
 """
 
 import argparse
