@@ -1,6 +1,6 @@
 """The same faults against Diptych, open_clip's trainer and Accelerate's ``save_state``, side by side.
 
-    python benchmarks/faults.py [--quick] [--peer-packages DIR] [--results FILE]
+    python benchmarks/faults.py [--quick] [--only KIND] [--work DIR] [--peer-packages DIR] [--results FILE]
 
 Each trains the same small CLIP for three epochs of twelve batches on one core. Something goes wrong in it,
 the same command is started again, and it is held against its own undisturbed run: did it end without a hand,
@@ -8,7 +8,7 @@ how many steps were done again, which samples did the final weights not learn fr
 how far are they from the undisturbed ones. Diptych and Accelerate save every four steps, open_clip every
 epoch, as often as it can. Accelerate is a loop as in its guide to checkpoints; what it reads is the loop's
 own, so that there is no damaged shard for it. open_clip's loader needs an old webdataset and pandas, which
-pip puts into a folder of their own.
+pip puts into a folder of their own. What each fault did is kept in DIR: a stopped table goes on where it was.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,12 @@ def write_configs(folder: Path, shards: Path) -> dict[str, str]:
 class Trainer:
     """Starts of one trainer in folders of its own."""
 
-    def __init__(self, kind: str, forker: Forker, work: Path, config: str, packages: Path) -> None:
-        self.kind, self.forker, self.work, self.config, self.packages = kind, forker, work, config, packages
+    def __init__(self, kind: str, forker: Forker, config: str, packages: Path) -> None:
+        self.kind, self.forker, self.config, self.packages = kind, forker, config, packages
 
     def start(self, run: Path, shards: Path, **fault: Any) -> int:
         """Start and wait; the exit code."""
-        (run / "..").resolve().mkdir(parents=True, exist_ok=True)
+        run.parent.mkdir(parents=True, exist_ok=True)
         job = {"run": str(run), "shards": str(shards), "config": self.config, "every": EVERY}
         job |= {"journal": str(run.with_suffix(".journal")), "first": self.newest_step(run), **fault}
         paths = [str(HERE), *([str(self.packages)] if self.kind == "open_clip" else [])]
@@ -202,15 +202,25 @@ DAMAGE: dict[str, Callable[[Path], None]] = {"truncated": truncate, "flipped": f
 class Arena:
     """All faults against one trainer."""
 
-    def __init__(self, trainer: Trainer, shards: Path) -> None:
-        self.trainer, self.shards = trainer, shards
-        self.straight = trainer.work / "straight"
-        code = trainer.start(self.straight, shards)
+    def __init__(self, kind: str, forker: Forker, work: Path, packages: Path) -> None:
+        self.work = Path(tempfile.mkdtemp(dir=work))
+        self.shards = self.work / "shards"
+        write_shards(self.shards)
+        config = write_configs(self.work, self.shards)[kind]
+        self.trainer = trainer = Trainer(kind, forker, config, packages)
+        self.straight = self.work / "straight"
+        code = trainer.start(self.straight, self.shards)
         weights = trainer.weights(self.straight)
         if code or weights is None:
-            raise SystemExit(f"{trainer.kind}: {self.straight.with_suffix('.log').read_text()[-3000:]}")
+            raise SystemExit(f"{kind}: {self.straight.with_suffix('.log').read_text()[-3000:]}")
         self.truth = weights
         self.saves = [row["seconds"] for row in journal(self.straight) if "save" in row]
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What a fault did."""
+        if name == "killed_in_save":
+            return self.in_save(self.work / name, SHARES)
+        return self.once(name, self.work / name / "run")
 
     def judge(self, run: Path, code: int) -> dict[str, Any]:
         """What came of a run."""
@@ -249,7 +259,7 @@ class Arena:
         """Killed at several instants of the third save; the worst is told."""
         found: list[dict[str, Any]] = []
         for share in shares:
-            run = folder / f"share_{share}"
+            run = folder / f"share_{share:.0%}"
             seconds = share * statistics.median(self.saves)
             self.trainer.start(run, self.shards, die_in_save=(3, seconds))
             found.append(self.judge(run, self.trainer.start(run, self.shards)))
@@ -265,9 +275,31 @@ class Arena:
         }
 
 
+def results_of(
+    kind: str, names: tuple[str, ...], work: Path, forker: Forker, packages: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each fault did to this trainer."""
+    done = work / "done"
+    if not done.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
+        done.mkdir(parents=True)
+    arena: Arena | None = None
+    for name in names:
+        if (kind, name) in (("accelerate", "shard"), ("open_clip", "rng_missing")):
+            continue  # reads no shards; keeps no random numbers
+        kept = done / f"{name}.json"
+        if not kept.is_file():
+            if arena is None:
+                arena = Arena(kind, forker, work, packages)
+            kept.write_text(json.dumps(arena.result(name)))
+        yield name, json.loads(kept.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Diptych alone, three faults")
+    parser.add_argument("--only", choices=KINDS, help="fill DIR with these and write no row")
+    parser.add_argument("--work", type=Path, help="DIR, by default one in Diptych's cache")
     parser.add_argument(
         "--peer-packages", type=Path, default=cache_dir() / "peers" / "open_clip-3.3", help="DIR"
     )
@@ -276,24 +308,19 @@ def main() -> None:
     packages = options.peer_packages if options.quick else peer_packages(options.peer_packages)
     if packages is None:
         return
-    kinds = KINDS[:1] if options.quick else KINDS
+    kinds = KINDS[:1] if options.quick else (options.only,) if options.only else KINDS
     names = ("killed_in_step", "flipped", "shard") if options.quick else tuple(FAULTS)
+    work: Path = options.work or cache_dir() / "benchmarks" / "faults"
     table: dict[str, dict[str, Any]] = {name: {} for name in names}
-    with tempfile.TemporaryDirectory(prefix="diptych-faults-") as temporary, Forker() as forker:
-        work = Path(temporary)
-        write_shards(work / "shards")
-        configs = write_configs(work, work / "shards")
+    with Forker() as forker:
         for kind in kinds:
-            (work / kind).mkdir()
-            arena = Arena(Trainer(kind, forker, work / kind, configs[kind], packages), work / "shards")
-            for name in names:
-                if (kind, name) in (("accelerate", "shard"), ("open_clip", "rng_missing")):
-                    continue  # reads no shards; keeps no random numbers
-                folder = work / kind / name
-                one = arena.in_save(folder, SHARES) if name == "killed_in_save" else None
-                table[name][kind] = one or arena.once(name, folder / "run")
-                print(f"{kind:11} {FAULTS[name]:58} {json.dumps(table[name][kind])}", flush=True)
-    append_row("faults", {"quick": options.quick, "faults": table}, options.results)
+            for name, result in results_of(kind, names, work / kind, forker, packages):
+                table[name][kind] = result
+                print(f"{kind:11} {FAULTS[name]:58} {json.dumps(result)}", flush=True)
+    if options.only:
+        return
+    row = {"quick": options.quick, "faults_told": FAULTS, "faults": table}
+    append_row("faults", row, options.results)
 
 
 if __name__ == "__main__":
