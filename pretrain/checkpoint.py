@@ -139,10 +139,12 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a warning. None if there is
-    none."""
-    for _, folder in _by_step(run / "checkpoints"):
+def newest_checkpoint(run: Path, *, before: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of a step before ``before`` if that is given; damaged ones are
+    passed over with a warning. None if there is none."""
+    for step, folder in _by_step(run / "checkpoints"):
+        if before is not None and step >= before:
+            continue
         problem = verify(folder)
         if problem is None:
             return folder

@@ -17,6 +17,7 @@ FREE = (
     "name",
     "out",
     "checkpoint",
+    "guard",
     "tracking",
     "evaluate",
     "data.workers",

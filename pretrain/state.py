@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from open_clip.model import CustomTextCLIP
@@ -36,6 +36,18 @@ RAW_NAME, OPTIMIZER_NAME, RNG_NAME, TRAINER_NAME = (
 )
 
 
+class Saved(Protocol):
+    """What brings its own part of a checkpoint, as JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its part."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        ...
+
+
 @dataclass
 class TrainState:
     """The parts of a run that a checkpoint holds; ``step`` counts finished optimizer steps."""
@@ -48,6 +60,7 @@ class TrainState:
     device: torch.device
     step: int = 0
     samples_seen: int = 0
+    guard: Saved | None = None
 
     @property
     def clip(self) -> CustomTextCLIP:
@@ -112,6 +125,7 @@ class TrainState:
             "stream": self.stream.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "guard": None if self.guard is None else self.guard.state_dict(),
             "versions": versions(),
         }
         checkpoint.save(
@@ -126,6 +140,19 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Take back what ``save`` wrote. Raises UserError if the checkpoint is of another model, optimizer or
         data set."""
+        trainer = self.go_back(folder)
+        self.stream.load_state_dict(trainer["stream"])
+        self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
+        if self.guard is not None and trainer.get("guard") is not None:
+            self.guard.load_state_dict(trainer["guard"])
+        self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
+
+    def go_back(self, folder: Path) -> dict[str, Any]:
+        """Take weights, averages, optimizer and scaler of a checkpoint, and leave all else where it is:
+        steps, samples seen, the place in the data, random numbers.
+
+        Returns its trainer.json. Raises UserError as ``load`` does.
+        """
         trainer = checkpoint.read_document(folder / TRAINER_NAME)
         if (self.ema is None) != (trainer["ema"] is None):
             raise UserError(
@@ -139,9 +166,7 @@ class TrainState:
         self._load_optimizer(checkpoint.read_tensors(folder / OPTIMIZER_NAME), folder)
         if self.scaler is not None and trainer["scaler"] is not None:
             self.scaler.load_state_dict(trainer["scaler"])
-        self.stream.load_state_dict(trainer["stream"])
-        self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
-        self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
+        return trainer
 
     def _own_share(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole weights, sharded as the model's are."""
@@ -152,6 +177,17 @@ class TrainState:
         """Parameter names in the optimizer's order."""
         names = {id(p): name for name, p in self.clip.named_parameters()}
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def kept_alike(self) -> dict[str, Tensor]:
+        """What all processes hold whole and bit for bit alike, by name: weights, buffers, the optimizer's
+        state, averages. Not what is sharded."""
+        averages = {} if self.ema is None else self.ema.weights()
+        tensors = {
+            **self.clip.state_dict(),
+            **{f"optimizer of {name}": value for name, value in self._optimizer_tensors().items()},
+            **{f"average of {name}": value for name, value in averages.items()},
+        }
+        return {name: value for name, value in tensors.items() if not distributed.is_sharded(value)}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state: dict[int, dict[str, Tensor]] = self.optimizer.state_dict()["state"]
