@@ -23,10 +23,9 @@ from ..configs.errors import UserError
 from . import distributed
 from .agree import on_rank_0, together
 from .checkpoint import newest_checkpoint
-from .collapse import ALIKE, at_chance, feature_std
+from .collapse import ALIKE, at_chance, feature_std, works
 from .guard_config import GuardConfig
 from .ladder import Ladder
-from .optim import largest
 from .replicas import compare, fingerprint, fingerprint_json
 from .spikes import SpikeWatch
 from .state import TrainState
@@ -144,12 +143,12 @@ class Guard:
             self._compare()
 
     def ready(self, *, to_save: bool) -> None:
-        """Before weights are scored or saved: nothing waits, they are finite and, to be saved, the same on
-        all ranks. Raises UserError as ``settle`` does."""
+        """Before weights are scored or saved: nothing waits, they give finite features and, to be saved, are
+        the same on all ranks. Raises UserError as ``settle`` does."""
         self.settle()
         if to_save and self.config.replicas_every_steps and self._compared < self._state.step:
             self._compare()
-        if not math.isfinite(largest(self._state.clip.parameters())):
+        if not works(self._state.root):
             self._climb(self.ladder.back(), [_NOT_FINITE, math.inf, math.nan])
 
     def _judge(self, one: _Step, verdict: float, loss: float, grad_norm: float) -> str:
@@ -212,9 +211,8 @@ class Guard:
 
     def _end(self, last: list[float], why: str) -> str:
         recent = self.ladder.recent
-        bad = (
-            f"steps {', '.join(map(str, recent[-8:]))} were left out" if recent else "weights are not finite"
-        )
+        left_out = f"left out: steps {', '.join(map(str, recent[-8:]))}"
+        bad = left_out if recent else "weights give no finite features"
         return (
             f"optim.lr: the loss diverged at step {self._state.step} (loss {last[1]:.4g}, gradient norm "
             f"{last[2]:.4g}; {bad}), {why}; lower optim.lr (now {self._lr:g}) or lengthen "

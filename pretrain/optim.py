@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from ..configs.load import StrictModel
-from .distributed import all_reduce_max, all_reduce_sum, is_sharded, local
+from .distributed import all_reduce_sum, is_sharded, local
 from .layer_decay import layer_scales
 from .muon import Muon, hidden_matrices
 
@@ -147,12 +147,3 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
             parts, (max_norm / (norm + 1e-6)).clamp(max=1.0)
         )
     return norm
-
-
-def largest(parameters: Iterable[Tensor]) -> float:
-    """Largest magnitude among the elements, infinite if one is NaN; all processes call it and get the
-    same."""
-    top = get_total_norm([local(p.detach()) for p in parameters], torch.inf).double().cpu()  # sync point
-    # a maximum over processes need not know NaN
-    top = all_reduce_max(torch.where(top.isnan(), torch.inf, top))
-    return float(top)
