@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from ..configs.errors import UserError
+from ..configs.files import Lines
 from . import distributed
 from .agree import on_rank_0, together
 from .checkpoint import newest_checkpoint
@@ -68,6 +69,7 @@ class Guard:
         by default on all but a CPU."""
         self.config, self.ladder = config, Ladder(config)
         self.path = folder / "bad_steps.jsonl"
+        self._lines = Lines(self.path)
         self._state, self._folder, self._lr, self._tell = state, folder, peak_lr, tell
         self._scaled = state.scaler is not None
         self._waits = state.device.type != "cpu" if waits is None else waits
@@ -77,7 +79,9 @@ class Guard:
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._before: list[Tensor] = []
         self._clamped: Tensor | float = 0.0
-        self._since_row, self._compared = 0, state.step
+        self._since_row, self._compared, self._ready = 0, state.step, -1
+        self.wait_for_saves: Callable[[], None] = lambda: None
+        """Called before a checkpoint is looked for, by all ranks."""
         self.sound: Tensor | None = None
         """Where the host does not wait: whether the present step is applied, a bool [] on the device."""
         if self._waits:
@@ -146,10 +150,13 @@ class Guard:
         """Before weights are scored or saved: nothing waits, they give finite features and, to be saved, are
         the same on all ranks. Raises UserError as ``settle`` does."""
         self.settle()
+        if self._ready == self._state.step:
+            return
         if to_save and self.config.replicas_every_steps and self._compared < self._state.step:
             self._compare()
         if not works(self._state.root):
             self._climb(self.ladder.back(), [_NOT_FINITE, math.inf, math.nan])
+        self._ready = self._state.step if to_save else -1
 
     def _judge(self, one: _Step, verdict: float, loss: float, grad_norm: float) -> str:
         if verdict == _SOUND:
@@ -189,6 +196,7 @@ class Guard:
         state, bad = self._state, list(self.ladder.recent)
         if rung == "stop":
             raise UserError(self._end(last, f"after going back {self.ladder.rollbacks} times"))
+        self.wait_for_saves()
         run, before = self._folder, bad[0] if bad else state.step
 
         def target() -> str:
@@ -278,8 +286,11 @@ class Guard:
 
     def _write(self, row: dict[str, Any]) -> None:
         if distributed.rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._lines.add(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Close the list of bad steps."""
+        self._lines.close()
 
     def resume(self, step: int) -> None:
         """Forget what came after ``step``."""
