@@ -210,7 +210,9 @@ def outcome(one: Row | None) -> str:
         failed = tries - one.get("tries_survived", 0)
         often = f" in {failed} of {tries} tries" if tries > 1 else ""
         return f"**lost**{often}" if one["difference"] is None or tries > 1 else "**weights lost**"
-    words = ["the same bits" if one["difference"] == 0 else f"weights {one['difference']:.1%} off"]
+    if (off := one["difference"]) > 1:
+        return "**weights destroyed**, not a word of it"
+    words = ["the same bits" if off == 0 else f"weights {off:.1%} off"]
     if one["steps_again"]:
         words.append(f"{one['steps_again']} steps again")
     for what, told in (("missing", "samples missed"), ("repeated", "seen twice")):
