@@ -61,7 +61,7 @@ def require() -> Callable[[object, str], None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Where everything must run, a skipped test is a failed one; a GPU or the right to mount may be absent."""
+    """Where everything must run, a skipped test is a failed one; a GPU or leave to mount may be absent."""
     report = yield
     marked = any(item.get_closest_marker(name) is not None for name in ("gpu", "mount"))
     excused = marked or hasattr(report, "wasxfail")
