@@ -145,11 +145,12 @@ def test_a_folder_that_turns_read_only_is_told_and_waited_for(
     run = tmp_path / "run"
 
     def lock() -> None:
-        mount("run", "--bind", str(run))
-        assert mounted("-o", "remount,ro,bind", str(run))
+        still = mount("still", "--bind", str(run))  # nobody writes through this one
+        assert mounted("-o", "remount,ro,bind", str(still))
+        mount("run", "--bind", str(still))
 
     def unlock() -> None:
-        subprocess.run(["umount", str(run)], check=True)
+        subprocess.run(["umount", "-l", str(run)], check=True)
 
     train(load(config, run, *SHORT), At(step_3=lock, step_9=unlock))
     told = warnings(run)
