@@ -194,7 +194,8 @@ def extract(
         make = from_pictures
         if together:
             make = partial(in_turn, from_pictures, len(pictures), batch_size)
-        arrays = _kept("image", depth, fingerprint, content, make, together)
+        known = fingerprint and f"{fingerprint} {max_pixels}"  # the limit decides what is broken
+        arrays = _kept("image", depth, known, content, make, together)
         _add(tables, "image", arrays)
         number = {picture: i for i, picture in enumerate(pictures)}
         items, of_row = _distinct([cell and tuple(number[picture] for picture in cell) for cell in cells])
