@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from .journal import Journal
 from .links import linked
 from .manifest import Rows, Splits, read_rows, split_rows
 from .matching import with_negatives
-from .saved import device_of, save_encoder
+from .saved import device_of, occupied, save_encoder
 from .search_config import encoder_cost, import_optuna, trainings
 from .search_space import candidates
 from .targets import Targets, encode_targets, make_task
@@ -146,11 +147,14 @@ def run_folder(config: FinetuneConfig) -> Path:
     return folder / "holdout" if config.eval.holdout else folder
 
 
-def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str], None]) -> list[Session]:
+def open_sessions(
+    config: FinetuneConfig, progress: Progress, say: Callable[[str], None], held: ExitStack | None = None
+) -> list[Session]:
     """Read, check and encode the table of a config; make the run folder and put config and encoders there.
 
     The sessions are those of ``plan``, over the same rows and features: of fixed splits one, of a
-    cross-validation one per fold and last that of all rows.
+    cross-validation one per fold and last that of all rows. Until ``held`` is closed, no other run may use
+    the folder.
     """
     if config.search is not None:
         import_optuna()
@@ -165,6 +169,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
             "out"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if held is not None:
+        on_rank_0(lambda: held.enter_context(occupied(folder)))
     if rows.damaged:
         _quarantine(config, folder, rows, {})
     model = open_source(config.model, device_of(config.device))

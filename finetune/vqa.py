@@ -26,7 +26,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(WORDS)}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-"""What the official evaluation takes away: neither apostrophes, which make possessives, nor colons of times."""
+"""What the official evaluation takes away: no apostrophes, which make possessives, no colons of times."""
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
@@ -47,10 +47,10 @@ WHOLE = {
 
 
 def canonical_answer(text: str) -> str:
-    """An answer as the official evaluation compares it (https://visualqa.org/evaluation): in lower case, number
-    words as digits, without articles and points but those of decimals, contractions with their apostrophes,
-    and a space for punctuation. A mark that stands beside a space somewhere, and all where a comma divides
-    digits, are taken away without a space, as its program does."""
+    """An answer as the official evaluation compares it (https://visualqa.org/evaluation): in lower case,
+    number words as digits, without articles and points but those of decimals, contractions with their
+    apostrophes, and a space for punctuation. A mark that stands beside a space somewhere, and all where a
+    comma divides digits, are taken away without a space, as its program does."""
     text = " ".join(str(text).lower().replace("’", "'").split())
     joined = re.search(r"\d,\d", text) is not None
     marks = {c: "" if joined or f"{c} " in text or f" {c}" in text else " " for c in PUNCTUATION}
