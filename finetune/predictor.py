@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from ..configs.errors import UserError
 from ..pretrain.model import Encoders
 from ..pretrain.retrieval import top_k
-from .cells import PictureFolder
-from .columns import ColumnState, column_features, read_states
+from .adapt.presence import Shown, has_weights, logits_under, weights_of
 from .config import LabelledDataConfig, ModalityConfig
-from .explain import Explanation, coalitions, explained_class, shapley, values_of
-from .features import FeatureRows, Progress, extract, silent
-from .manifest import Rows, parse_rows
-from .presence import Shown, has_weights, logits_under, weights_of
-from .relevance import Member, Relevance, relevance_of
-from .saved import SavedHead, device_of, open_encoder, read_head, read_json
-from .scored import score_table
-from .sources import Form, read_source
-from .tables import Columns, columns_of
-from .tasks import Floats, Task
-from .thresholds import decided
-from .vectors import halves
+from .encoders.columns import ColumnState, column_features, read_states
+from .encoders.features import FeatureRows, Progress, extract, silent
+from .explain.relevance import Member, Relevance, relevance_of
+from .explain.shapley import Explanation, coalitions, explained_class, shapley, values_of
+from .runs.saved import SavedHead, device_of, open_encoder, read_head, read_json
+from .scores.scored import score_table
+from .tables.cells import PictureFolder
+from .tables.files import Columns, columns_of
+from .tables.manifest import Rows, parse_rows
+from .tables.sources import Form, read_source
+from .tasks.task import Floats, Task
+from .tasks.thresholds import decided
+from .tasks.vectors import halves
 
 __all__ = ["Predictor"]
 
@@ -118,8 +118,8 @@ class Predictor:
 
     def export(self, kind: str, path: str | Path, *, force: bool = False) -> dict[str, float]:
         """Write the model to the folder ``path``: ``open_clip``, ``hf`` (its encoders), ``torch_export``
-        or ``onnx`` (all of it); see ``export.export``. Returns the largest differences that were found."""
-        from .export import export
+        or ``onnx`` (all of it); see ``export.formats``. Returns the largest differences that were found."""
+        from .export.formats import export
 
         return export(self.run, kind, path, head=self.head, force=force)
 
@@ -175,7 +175,7 @@ class Predictor:
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> list[dict[str, float]]:
-        """Per row what each modality contributed to the answer, exact Shapley values (see ``explain``): of
+        """Per row what each modality contributed to the answer, exact Shapley values (``shapley.py``): of
         the log odds of the predicted class (multilabel: the most probable label), or of the class ``of``; for
         regression of the number, in the target's unit.
 

@@ -1,4 +1,4 @@
-"""Methods that train encoders, on tables with a modality that no encoder reads and rows that have it alone."""
+"""Methods that train encoders, beside a modality that no encoder reads and rows that have it alone."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from diptych.finetune.class_contrast import ClassTexts
+from diptych.finetune.adapt.class_contrast import ClassTexts
 from diptych.finetune.predictor import Predictor
 from diptych.pretrain.model import load_model
 
