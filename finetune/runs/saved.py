@@ -28,9 +28,9 @@ from ...configs.files import fsync_folder
 from ...pretrain.model import Encoders, LoadedModel, load_model
 from ...pretrain.towers import write_open_clip
 from ..config import HeadConfig
+from ..encoders.unimodal import NOTE, SeparateEncoders, open_saved
 from ..fusion.operators import Head, build_head
 from ..tasks.task import Task
-from ..encoders.unimodal import NOTE, SeparateEncoders, open_saved
 
 __all__ = [
     "SavedHead",
