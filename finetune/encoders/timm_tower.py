@@ -12,7 +12,7 @@ from torch import nn
 
 from ...configs.errors import UserError
 from ...pretrain import weights
-from ...pretrain.towers import nearest
+from ...pretrain.model_check import nearest
 from ..config.source import ImageEncoderConfig
 from .tower import Tower, reason
 

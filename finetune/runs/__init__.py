@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its heads, the lines of its trainings, and how often its test was looked at."""
+"""A run on disk: models, half-done trainings, the journal, and looks at the test split."""

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...configs.documents import as_written, read_document
 from ...configs.errors import UserError
 from ...configs.files import fsync_folder
 from ...pretrain.model import Encoders, LoadedModel, load_model
@@ -36,6 +37,7 @@ __all__ = [
     "SavedHead",
     "device_of",
     "file_hash",
+    "head_folder",
     "occupied",
     "read_head",
     "read_json",
@@ -96,18 +98,8 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError with the path if it is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: {(error.strerror or str(error)).lower()}; give a fine-tuning run"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); make the run again") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold an object; make the run again")
-    return data
+    """A JSON object of a fine-tuning run; UserError with the path if it is none."""
+    return read_document(path, "give a fine-tuning run, or make it again")
 
 
 def write_encoder(model: Encoders, folder: Path) -> None:
@@ -169,6 +161,13 @@ def save_head(
     write_folder(folder, fill)
 
 
+def head_folder(run: Path, name: str) -> Path:
+    """Where a run keeps the head of a name. UserError for one that leads out of the run."""
+    if name != Path(name).name:
+        raise UserError(f"{run / 'run.json'}: '{name}' is no name of a head; make the run again")
+    return run / "heads" / name
+
+
 def read_head(
     folder: Path,
     widths: dict[str, int],
@@ -178,11 +177,21 @@ def read_head(
 ) -> list[SavedHead]:
     """The trained heads of all seeds, in eval mode, for the outputs of a task. Raises UserError for a damaged
     or foreign file."""
+    with as_written(folder / "head.json", f"remove {folder} and fine-tune again"):
+        return list(_read_seeds(folder, widths, token_widths, task, pooled))
+
+
+def _read_seeds(
+    folder: Path,
+    widths: dict[str, int],
+    token_widths: dict[str, int] | None,
+    task: Task,
+    pooled: Sequence[str],
+) -> Iterator[SavedHead]:
     document = read_json(folder / "head.json")
     config = HeadConfig.model_validate_json(json.dumps(document["config"]))
-    saved: list[SavedHead] = []
     for seed in document["seeds"]:
-        path = folder / f"seed_{seed['seed']}.safetensors"
+        path = folder / f"seed_{int(seed['seed'])}.safetensors"
         head = build_head(config, widths, task.outputs, token_widths, task.link, pooled)
         try:
             if file_hash(path) != document["files"][path.name]:
@@ -194,10 +203,9 @@ def read_head(
             raise UserError(
                 f"{path} cannot be read ({error}); remove {folder} and fine-tune again"
             ) from error
-        encoder = folder / f"encoder_seed_{seed['seed']}"
+        encoder = folder / f"encoder_seed_{int(seed['seed'])}"
         own = encoder if encoder.is_dir() else None
-        saved.append(SavedHead(head.eval(), float(seed["scale"]), float(seed["shift"]), own))
-    return saved
+        yield SavedHead(head.eval(), float(seed["scale"]), float(seed["shift"]), own)
 
 
 def open_encoder(folder: Path, device: str | torch.device = "cpu") -> Encoders:
