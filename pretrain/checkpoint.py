@@ -156,9 +156,14 @@ def newest_step(run: Path) -> tuple[int, Path] | None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what interrupted writes left behind."""
+    """Delete what interrupted writes left behind: checkpoints, and files beside those that they were to
+    replace."""
     for path in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in run.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in run.glob(".seen_*"):
+        path.rmdir()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
