@@ -25,6 +25,7 @@ from ..pretrain.optim import clip_gradients, set_lr
 from ..pretrain.schedule import ScheduleConfig, lr_at
 from .config import AdaptConfig, StoppingConfig
 from .fusion import Head
+from .lengths import parts_by_length
 from .live import LiveRows, Part, Source
 from .tasks import Floats, Task, higher_is_better
 
@@ -196,7 +197,7 @@ class Training:
                 self.adapt.label_smoothing,
                 None if weights is None else weights[counts],
             )
-            for logits, counts in self.head.parts(features, present)
+            for logits, counts in parts_by_length(self.head, features, present)
             if bool(counts.any())
         ]
         return torch.stack(losses).sum()
