@@ -10,8 +10,8 @@ from .head import Features, Head, Present
 __all__ = ["parts_by_length"]
 
 GROUP_OVERHEAD = 128
-"""Tokens whose work equals what one more group costs: of ``merged`` of width 64, on one CPU core, a token takes
-20 us and the calls of a group 3 ms."""
+"""Tokens whose work equals what one more group costs: of ``merged`` of width 64, on one CPU core, a token
+takes 20 us and the calls of a group 3 ms."""
 
 
 def parts_by_length(head: Head, features: Features, present: Present) -> list[tuple[Tensor, Tensor]]:

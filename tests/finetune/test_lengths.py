@@ -1,4 +1,4 @@
-"""Rows in groups by length, and last blocks that compute only what is read, give what the whole batch gives."""
+"""Rows in groups by length, and last blocks of what is read alone, give what the whole batch gives."""
 
 from typing import Any
 
