@@ -14,7 +14,7 @@ from .stages import Stage
 from .towers import ModelConfig
 from .tracking import TrackingConfig
 
-__all__ = ["PretrainConfig", "TrainConfig", "ValidationConfig"]
+__all__ = ["CheckpointConfig", "PretrainConfig", "TrainConfig", "ValidationConfig"]
 
 
 class TrainConfig(StrictModel):
@@ -44,10 +44,6 @@ class TrainConfig(StrictModel):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process; null shares the machine's cores among its processes."""
     log_every_steps: int = Field(default=10, ge=1)
-    save_every_steps: int = Field(default=500, ge=1)
-    """A checkpoint is also written at the end and when the run is told to stop."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay; older ones are removed once a newer one is complete."""
     timeout_s: float = Field(default=600.0, gt=0)
     """How long a process waits for the others before it gives up."""
 
@@ -62,6 +58,15 @@ class TrainConfig(StrictModel):
         if (self.epochs is None) == (self.total_samples is None):
             raise ValueError("give exactly one of train.epochs and train.total_samples")
         return self
+
+
+class CheckpointConfig(StrictModel):
+    """When checkpoints are written, and which stay."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """A checkpoint is also written at the end and when the run is told to stop."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay; older ones are removed once a newer one is complete."""
 
 
 class ValidationConfig(StrictModel):
@@ -90,5 +95,6 @@ class PretrainConfig(StrictModel):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()

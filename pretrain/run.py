@@ -16,6 +16,7 @@ __all__ = ["open_run", "run_path"]
 FREE = (
     "name",
     "out",
+    "checkpoint",
     "tracking",
     "evaluate",
     "data.workers",
@@ -33,8 +34,6 @@ FREE = (
     "train.device",
     "train.threads",
     "train.log_every_steps",
-    "train.save_every_steps",
-    "train.keep_checkpoints",
     "train.timeout_s",
 )
 

@@ -13,41 +13,20 @@ from typing import Any, Protocol
 import torch
 
 from ..configs.errors import UserError
-from ..data.shards import open_shards
-from ..data.stream import open_stream
-from ..data.text import tokenizer_for
 from . import distributed
-from .checkpoint import newest_checkpoint, remove_leftovers
 from .clock import Clock
-from .compiled import compile_blocks
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
-from .ema import Ema
 from .encode import quick_retrieval
-from .engine import (
-    build_accelerator,
-    keep_freed_memory,
-    no_sync,
-    on_rank_0,
-    prepare,
-    set_threads,
-    together,
-)
-from .fit import check_fit, check_length, notes
-from .flops import Costs
+from .engine import no_sync
+from .fit import notes
 from .gradcache import forward_backward
-from .guard import FiniteGuard
-from .locking import lock
-from .model import ContrastiveModel, build_model, clamp_logit_scale, image_size, open_clip_config
-from .optim import build_optimizer, clip_gradients, set_lr
-from .prefetch import PixelCopier
-from .quarantine import Quarantine
-from .run import open_run, run_path
+from .model import clamp_logit_scale
+from .optim import clip_gradients, set_lr
+from .parts import RunParts
 from .schedule import lr_at
 from .stages import patch_dropout_at
-from .state import TrainState
 from .stop import StopRequest, stop_on_signals
-from .tracking import Tracker, cut_metrics
 
 __all__ = ["Outcome", "Show", "train"]
 
@@ -84,7 +63,8 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
     device = distributed.setup(config.train.device, timeout_s=config.train.timeout_s)
     try:
         with stop_on_signals() as stop:
-            run = _Run(config, device, show if distributed.rank() == 0 else None)
+            run = _Run(config, device)
+            run.show = show if run.rank == 0 else None
             try:
                 return run.go(stop)
             finally:
@@ -93,107 +73,10 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
         distributed.teardown()
 
 
-class _Run:
-    """One process's share of a run."""
+class _Run(RunParts):
+    """The loop over one process's share of a run."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device, show: Show | None) -> None:
-        self.config, self.device, self.show = config, device, show
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.batch_size = config.train.global_batch_size
-        set_threads(config.train.threads)
-        keep_freed_memory()
-        with together():
-            self._build_model()
-            self._open_data()
-        self._check_data()
-        self._build_engine()
-        self._open_folder()
-
-    def _build_model(self) -> None:
-        """The same weights on every rank, then random numbers of each rank's own."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        self.clip = build_model(config.model)
-        torch.manual_seed(config.seed + 1 + self.rank)
-        text_cfg = open_clip_config(self.clip)["model_cfg"]["text_cfg"]
-        self.tokenizer = tokenizer_for(text_cfg, getattr(self.clip, "text_folder", None))
-        check_fit(config, self.clip)
-        lock(self.clip, config.lock)
-        self.clip.set_grad_checkpointing(config.train.grad_checkpointing)
-        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id, seed=config.seed)
-        self.root.to(self.device)
-        self.patch_dropout = self.root.patch_dropout
-        self.image_size = image_size(self.clip)
-
-    def _open_data(self) -> None:
-        config = self.config
-        self.stream = open_stream(
-            config.data,
-            seed=config.seed,
-            global_batch_size=self.batch_size,
-            image_size=self.image_size,
-            tokenizer=self.tokenizer,
-            stages=config.stages,
-            rank=self.rank,
-            world_size=self.world_size,
-            pin_memory=self.device.type == "cuda",
-        )
-        self.total_steps = self._total_steps()
-        check_length(config, self.total_steps * self.batch_size)
-        self.micro_batches = config.train.micro_batches(self.world_size)
-
-    def _check_data(self) -> None:
-        """All ranks must have opened the same: on another node a path or a list of keys may be another."""
-        states = distributed.gather_json(self.stream.state_dict())
-        if odd := [rank for rank, state in enumerate(states) if state != states[0]]:
-            raise UserError(
-                f"data.train: rank {odd[0]} has other data than rank 0 ({len(odd)} of {len(states)} ranks "
-                "differ from it); give all nodes the same shards and lists of keys"
-            )
-
-    def _build_engine(self) -> None:
-        config = self.config
-        self.accelerator = build_accelerator(config.train.precision, self.device)
-        self.costs = Costs(self.root)
-        if config.train.compile:
-            compile_blocks(self.root)
-        self.to_device = PixelCopier(self.device)
-        self.model = prepare(self.root, self.accelerator, config.train.parallel, self.tokenizer)
-        optimizer = build_optimizer(self.root, config.optim)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        ema = Ema(self.clip, config.optim.ema_decay) if config.optim.ema_decay else None
-        scaler = self.accelerator.scaler
-        self.state = TrainState(self.root, optimizer, self.stream, ema, scaler, self.device)
-        self.guard = FiniteGuard(self.device, scaled=scaler is not None)
-
-    def _open_folder(self) -> None:
-        """The held-out shards, and the run folder where the run stopped or at its start."""
-        config = self.config
-        held_out = config.evaluate.data
-        self.held_out = on_rank_0(lambda: open_shards(held_out, **config.data.storage)) if held_out else None
-        on_rank_0(lambda: open_run(config))
-        self.folder = run_path(config)
-        self.quarantine = Quarantine(
-            self.folder / "quarantine.jsonl",
-            lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
-        )
-        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""))
-        if name := distributed.broadcast_json(newest):
-            self.state.load(Path(name))
-        if self.rank == 0:
-            remove_leftovers(self.folder)
-            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
-        self.quarantine.resume(self.state.step)
-        self.tracker = on_rank_0(
-            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
-        )
-
-    def _total_steps(self) -> int:
-        train = self.config.train
-        if train.total_samples is not None:
-            return -(-train.total_samples // self.batch_size)
-        assert train.epochs is not None
-        return max(1, round(train.epochs * self.stream.steps_per_epoch))
+    show: Show | None = None
 
     def go(self, stop: StopRequest) -> Outcome:
         """The loop."""
@@ -243,10 +126,10 @@ class _Run:
             if self._validation_due(stopping):
                 with clock.paused():
                     self._validate()
-            if state.step % config.train.save_every_steps == 0 or last:
+            if state.step % config.checkpoint.every_steps == 0 or last:
                 with clock.paused():
                     self.guard.check(config.optim.lr)
-                    state.save(self.folder, keep=config.train.keep_checkpoints)
+                    state.save(self.folder, keep=config.checkpoint.keep)
                 saved = state.step
         assert saved == state.step
         return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
@@ -341,9 +224,3 @@ class _Run:
             "parameters": sum(p.numel() for p in self.clip.parameters()),
             "notes": list(notes(self.config, self.clip, self.world_size)),
         }
-
-    def close(self) -> None:
-        """Stop workers and close files."""
-        self.stream.close()
-        if self.tracker is not None:
-            self.tracker.finish()

@@ -10,7 +10,7 @@ from .test_runs_across_ranks import kill_after
 
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on_with_ddp(tmp_path: Path) -> None:
-    exact = ("model.vision_cfg.patch_dropout=0.0", "optim.name=muon", "train.save_every_steps=4")
+    exact = ("model.vision_cfg.patch_dropout=0.0", "optim.name=muon", "checkpoint.every_steps=4")
     config = write_config(tmp_path / "run.yaml", make_data(tmp_path / "data"))
     finish(launch(config, tmp_path / "straight", 1, *exact))
     kill_after(7, config, tmp_path / "moved", 2, *exact, "train.parallel=fsdp")

@@ -87,11 +87,11 @@ def test_stages_are_gone_through_and_resumed_in_the_middle(config: Path, tmp_pat
     tokens = [row["tokens_per_sample"] for row in rows(whole)]
     assert max(tokens[:4]) <= 3 < min(tokens[4:])
     part = tmp_path / "part"
-    train(load(config, part, *STAGES, SHORT, "train.save_every_steps=3", "train.keep_checkpoints=9"))
+    train(load(config, part, *STAGES, SHORT, "checkpoint.every_steps=3", "checkpoint.keep=9"))
     for step in ("00000009", "00000010"):
         folder = part / "checkpoints" / f"step_{step}"
         folder.rename(tmp_path / step)
-    train(load(config, part, *STAGES, SHORT, "train.save_every_steps=3"))
+    train(load(config, part, *STAGES, SHORT, "checkpoint.every_steps=3"))
     assert losses(part) == losses(whole)
     for name, value in weights(whole).items():
         assert weights(part)[name].equal(value), name

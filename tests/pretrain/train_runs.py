@@ -47,10 +47,10 @@ def write_config(path: Path, data: Path, **sections: Any) -> Path:
             "global_batch_size": BATCH,
             "total_samples": 20 * BATCH,
             "log_every_steps": 1,
-            "save_every_steps": 6,
             "device": "cpu",
             "threads": 1,
         },
+        "checkpoint": {"every_steps": 6},
         "evaluate": {"data": str(data / "val"), "every_steps": 10},
         "tracking": {"wandb": "off"},
     }

@@ -1,0 +1,143 @@
+"""The parts of a pretraining run, built in the order in which they need one another; train.py has the loop.
+
+Every process builds the same model, opens its share of the stream and the run folder, and stands where the
+run stopped.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..configs.errors import UserError
+from ..data.shards import open_shards
+from ..data.stream import open_stream
+from ..data.text import tokenizer_for
+from . import distributed
+from .checkpoint import newest_checkpoint, remove_leftovers
+from .compiled import compile_blocks
+from .config import PretrainConfig
+from .ema import Ema
+from .engine import build_accelerator, keep_freed_memory, on_rank_0, prepare, set_threads, together
+from .fit import check_fit, check_length
+from .flops import Costs
+from .guard import FiniteGuard
+from .locking import lock
+from .model import ContrastiveModel, build_model, image_size, open_clip_config
+from .optim import build_optimizer
+from .prefetch import PixelCopier
+from .quarantine import Quarantine
+from .run import open_run, run_path
+from .state import TrainState
+from .tracking import Tracker, cut_metrics
+
+__all__ = ["RunParts"]
+
+
+class RunParts:
+    """One process's share of a run: model, data, engine and folder. Raises UserError for what the user can
+    mend, on every rank alike."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.batch_size = config.train.global_batch_size
+        set_threads(config.train.threads)
+        keep_freed_memory()
+        with together():
+            self._build_model()
+            self._open_data()
+        self._check_data()
+        self._build_engine()
+        self._open_folder()
+
+    def _build_model(self) -> None:
+        """The same weights on every rank, then random numbers of each rank's own."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.clip = build_model(config.model)
+        torch.manual_seed(config.seed + 1 + self.rank)
+        text_cfg = open_clip_config(self.clip)["model_cfg"]["text_cfg"]
+        self.tokenizer = tokenizer_for(text_cfg, getattr(self.clip, "text_folder", None))
+        check_fit(config, self.clip)
+        lock(self.clip, config.lock)
+        self.clip.set_grad_checkpointing(config.train.grad_checkpointing)
+        self.root = ContrastiveModel(self.clip, pad_id=self.tokenizer.pad_id, seed=config.seed)
+        self.root.to(self.device)
+        self.patch_dropout = self.root.patch_dropout
+        self.image_size = image_size(self.clip)
+
+    def _open_data(self) -> None:
+        config = self.config
+        self.stream = open_stream(
+            config.data,
+            seed=config.seed,
+            global_batch_size=self.batch_size,
+            image_size=self.image_size,
+            tokenizer=self.tokenizer,
+            stages=config.stages,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.total_steps = self._total_steps()
+        check_length(config, self.total_steps * self.batch_size)
+        self.micro_batches = config.train.micro_batches(self.world_size)
+
+    def _check_data(self) -> None:
+        """All ranks must have opened the same: on another node a path or a list of keys may be another."""
+        states = distributed.gather_json(self.stream.state_dict())
+        if odd := [rank for rank, state in enumerate(states) if state != states[0]]:
+            raise UserError(
+                f"data.train: rank {odd[0]} has other data than rank 0 ({len(odd)} of {len(states)} ranks "
+                "differ from it); give all nodes the same shards and lists of keys"
+            )
+
+    def _build_engine(self) -> None:
+        config = self.config
+        self.accelerator = build_accelerator(config.train.precision, self.device)
+        self.costs = Costs(self.root)
+        if config.train.compile:
+            compile_blocks(self.root)
+        self.to_device = PixelCopier(self.device)
+        self.model = prepare(self.root, self.accelerator, config.train.parallel, self.tokenizer)
+        optimizer = build_optimizer(self.root, config.optim)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        ema = Ema(self.clip, config.optim.ema_decay) if config.optim.ema_decay else None
+        scaler = self.accelerator.scaler
+        self.state = TrainState(self.root, optimizer, self.stream, ema, scaler, self.device)
+        self.guard = FiniteGuard(self.device, scaled=scaler is not None)
+
+    def _open_folder(self) -> None:
+        """The held-out shards, and the run folder where the run stopped or at its start."""
+        config = self.config
+        held_out = config.evaluate.data
+        self.held_out = on_rank_0(lambda: open_shards(held_out, **config.data.storage)) if held_out else None
+        on_rank_0(lambda: open_run(config))
+        self.folder = run_path(config)
+        self.quarantine = Quarantine(
+            self.folder / "quarantine.jsonl",
+            lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
+        )
+        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""))
+        if name := distributed.broadcast_json(newest):
+            self.state.load(Path(name))
+        if self.rank == 0:
+            remove_leftovers(self.folder)
+            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
+        self.quarantine.resume(self.state.step)
+        self.tracker = on_rank_0(
+            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
+        )
+
+    def _total_steps(self) -> int:
+        train = self.config.train
+        if train.total_samples is not None:
+            return -(-train.total_samples // self.batch_size)
+        assert train.epochs is not None
+        return max(1, round(train.epochs * self.stream.steps_per_epoch))
+
+    def close(self) -> None:
+        """Stop workers and close files."""
+        self.stream.close()
+        if self.tracker is not None:
+            self.tracker.finish()
