@@ -14,7 +14,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..configs.errors import UserError
@@ -250,6 +250,33 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(part.numpy().tobytes()) for part in parts]
 
 
+LOST = "the launcher's end"
+
+
+def notice(key: str, text: str) -> None:
+    """Leave ``text`` where every process finds it by ``noticed``; no process waits, so any thread may. Does
+    nothing without a process group, or if its store has ended with the launcher."""
+    with suppress(RuntimeError, ValueError):  # the latter when there is a group no longer
+        if world_size() > 1:
+            _store().set(key, text)
+
+
+def noticed(key: str) -> str:
+    """The text that a process left, "" if there is none, ``LOST`` if the store ended with the launcher."""
+    try:
+        if world_size() == 1 or not _store().check([key]):
+            return ""
+        return _store().get(key).decode()
+    except RuntimeError:
+        return LOST
+    except ValueError:  # there is no group any more
+        return ""
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
+
+
 class _ScalarMean:
     """Averages the gradients of parameters without dimensions, which FSDP cannot shard, as it does its
     own."""
@@ -350,3 +377,34 @@ def like(tensor: Tensor, whole: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return whole
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(dimension, start, stop) of this process's part of a sharded tensor, None for a plain one."""
+    if not isinstance(tensor, DTensor):
+        return None
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard)
+    starts = row_starts(tensor.shape[placement.dim])
+    start, stop = starts[rank()], starts[rank() + 1]
+    assert tensor.to_local().shape[placement.dim] == stop - start
+    return placement.dim, start, stop
+
+
+def row_starts(rows: int) -> list[int]:
+    """Where each process's part of a sharded dimension begins, and the end: [W + 1]. As torch.chunk cuts."""
+    each = -(-rows // world_size())
+    return [min(number * each, rows) for number in range(world_size() + 1)]
+
+
+def from_own(tensor: Tensor, part: Tensor) -> Tensor:
+    """A tensor sharded as ``tensor`` is, of which ``part`` is this process's; without communication."""
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        part.to(tensor.device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

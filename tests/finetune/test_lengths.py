@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diptych.finetune.attention import SelfBlock
+from diptych.finetune.adapt.lengths import parts_by_length
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.fusion import Head
-from diptych.finetune.lengths import parts_by_length
+from diptych.finetune.fusion.attention import SelfBlock
+from diptych.finetune.fusion.operators import Head
 
 from .heads import ALL, THREE, TWO, all_there, inputs, make
 
