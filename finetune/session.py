@@ -51,7 +51,7 @@ __all__ = [
     "too_many",
 ]
 
-VERSION = 3  # of what training does; part of every head's key
+VERSION = 4  # of what training does; part of every head's key
 QUARANTINE_SHARE = 0.001
 
 
