@@ -9,6 +9,7 @@ from ..data.config import DataConfig
 from .contrastive import LossConfig
 from .locking import LockConfig
 from .optim import OptimConfig
+from .resume import ResumeConfig
 from .retention import CheckpointConfig
 from .schedule import ScheduleConfig
 from .stages import Stage
@@ -88,6 +89,7 @@ class PretrainConfig(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
     evaluate: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -166,7 +166,7 @@ class _Run(RunParts):
             config.schedule,
             config.optim.lr,
             samples_seen=seen,
-            total_samples=self.total_steps * self.batch_size,
+            total_samples=self.total_samples,
             batch=self.batch_size,
         )
         set_lr(self.optimizer, lr)
@@ -267,5 +267,5 @@ class _Run(RunParts):
             "precision": self.config.train.precision,
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self.clip.parameters()),
-            "notes": list(notes(self.config, self.clip, self.world_size)),
+            "notes": [*self.changes.lines(), *notes(self.config, self.clip, self.world_size)],
         }
