@@ -20,10 +20,11 @@ class ResumeConfig(StrictModel):
     """Where a run starts. A plain string stands for ``start``: ``resume: must``."""
 
     start: str = Field(default="auto", min_length=1)
-    """``auto``: where the run folder's newest whole checkpoint is, at the beginning if it has none. ``never``:
-    at the beginning, and a folder with checkpoints is refused. ``must``: a folder without a whole one is
-    refused. Else another run's folder or a checkpoint's: a run that has no checkpoint of its own yet takes
-    everything from there - weights, optimizer, step, place in the data - and counts on from its step."""
+    """``auto``: where the run folder's newest whole checkpoint is, at the beginning if it has none.
+    ``never``: at the beginning, and a folder with checkpoints is refused. ``must``: a folder without a whole
+    one is refused. Else another run's folder or a checkpoint's: a run that has no checkpoint of its own yet
+    takes everything from there - weights, optimizer, step, place in the data - and counts on from its
+    step."""
     force: bool = False
     """Also take changes of the config that make it another run from here on; each is told and written into
     ``changes.jsonl``. Where the order of samples changes, the data goes on with the next epoch."""
