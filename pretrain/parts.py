@@ -17,7 +17,7 @@ from .checkpoint import remove_leftovers
 from .compiled import compile_blocks
 from .config import PretrainConfig
 from .ema import Ema
-from .ending import clear_end
+from .ending import goes_on
 from .engine import build_accelerator, keep_freed_memory, on_rank_0, prepare, set_threads, together
 from .fit import check_fit, check_length
 from .flops import Costs
@@ -136,7 +136,7 @@ class RunParts:
         if self.rank == 0:
             remove_leftovers(self.folder)
             if self.state.step < self.total_steps:
-                clear_end(self.folder)
+                goes_on(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
         facts = {"config_sha256": config_hash(config)}

@@ -1,7 +1,7 @@
-"""The run folder: recognised, and refused when another config lives in it; what may change between two starts.
+"""The run folder: recognised, and refused when another config lives in it; what may change between starts.
 
-Every key of the config is in exactly one of three classes: ``FREE`` ones are taken, ``GUARDED`` ones only with
-``resume.force``, ``FIXED`` ones never, since the checkpoint would not fit.
+Every key of the config is in exactly one of three classes: ``FREE`` ones are taken, ``GUARDED`` ones only
+with ``resume.force``, ``FIXED`` ones never, since the checkpoint would not fit.
 """
 
 import hashlib

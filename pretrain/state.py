@@ -156,8 +156,8 @@ class TrainState:
         """Take back what a checkpoint holds, in any number of processes; nothing is communicated.
 
         Raises UserError if it is of another model, optimizer or data set, or if a part is missing, which is
-        named; with ``allow_partial`` that part stays as it is, with a warning. With ``force`` another data set or
-        order goes on with the next epoch, with a warning.
+        named; with ``allow_partial`` that part stays as it is, with a warning. With ``force`` another data
+        set or order goes on with the next epoch, with a warning.
         """
         trainer = self.go_back(folder, allow_partial=allow_partial)
         if "stream" in trainer:
