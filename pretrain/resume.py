@@ -46,8 +46,8 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
         if found := scan(run):
             several = "s" if len(found) > 1 else ""
             raise UserError(
-                f"resume: never, but {run} holds {len(found)} checkpoint{several}; set out to another folder, "
-                "or resume=auto to go on"
+                f"resume: never, but {run} holds {len(found)} checkpoint{several}; set out to another "
+                "folder, or resume=auto to go on"
             )
         return None
     own = newest_or_none(run)
