@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ..configs.load import StrictModel
 from ..data.config import DataConfig
 from .contrastive import LossConfig
+from .guard_config import GuardConfig
 from .locking import LockConfig
 from .optim import OptimConfig
 from .resume import ResumeConfig
@@ -90,6 +91,7 @@ class PretrainConfig(StrictModel):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
 

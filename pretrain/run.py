@@ -34,6 +34,7 @@ FREE = (
     "name",
     "out",
     "checkpoint",
+    "guard",
     "tracking",
     "evaluate",
     "data.workers",
