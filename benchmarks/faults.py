@@ -53,7 +53,7 @@ FAULTS = {
     "rng_missing": "the newest checkpoint's random numbers are missing",
     "sigterm": "SIGTERM in the middle of an epoch",
     "nan": "the loss of one step is not a number",
-    "shard": "a shard is cut short",
+    "shard": "the last quarter of a shard is zeros",
 }
 
 
@@ -245,8 +245,10 @@ class Arena:
             shards = run.with_suffix(".shards")
             shutil.copytree(self.shards, shards)
             tar = sorted(shards.glob("*.tar"))[1]
+            size = tar.stat().st_size
             with tar.open("r+b") as file:
-                file.truncate(tar.stat().st_size * 3 // 4)
+                file.seek(size * 3 // 4)
+                file.write(bytes(size - size * 3 // 4))
             return self.judge(run, start(run, shards))
         first = {"term_at": FAULT_STEP} if name == "sigterm" else {"die_at": FAULT_STEP}
         code = start(run, shards, **first)
