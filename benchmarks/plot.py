@@ -239,6 +239,22 @@ def soak_table(results: Path) -> str:
     return table(["", f"{row['date'][:10]}, {maker(row)}"], lines)
 
 
+def overhead_table(results: Path) -> str:
+    """What each guard of a run costs."""
+    (row,) = newest("overhead", (), results)
+    told = {
+        "guard": "steps that are not finite, spikes, replicas",
+        "flags": "how saves stand, agreed on in every step",
+        "stop": "signals",
+        "metrics": "writing metrics",
+        "watch": "watchdog, stragglers",
+        "copying": "copying the state for a checkpoint",
+        "writing": "writing, hashing and syncing it, beside the training",
+    }
+    lines: list[list[Any]] = [[told[part], f"{share:.3%}"] for part, share in row["shares"].items()]
+    return table(["", "share"], [*lines, ["in all", f"**{row['share']:.2%}**"]])
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "step": ("train_step", step_table),
     "difference": ("train_step", difference_table),
@@ -251,6 +267,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "time_to_accuracy": ("time_to_accuracy", accuracy_table),
     "faults": ("faults", faults_table),
     "soak": ("soak", soak_table),
+    "overhead": ("overhead", overhead_table),
 }
 
 
