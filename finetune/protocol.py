@@ -22,7 +22,8 @@ from typing import Any
 
 from ..configs.files import atomic_write_text
 from ..pretrain import distributed
-from ..pretrain.agree import others_watched
+from ..pretrain.agree import on_rank_0, others_watched
+from ..pretrain.owner import RunLock
 from .config import FinetuneConfig
 from .crossval import cross_validate
 from .deal import train_all
@@ -51,13 +52,16 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
     """
     device_of(config.device)  # tells one that is not there
     distributed.setup(config.device, timeout_s=TIMEOUT_S)
+    lock = RunLock(run_folder(config))
     try:
         with others_watched():
             distributed.alone()
+            on_rank_0(lock.take)
             if distributed.rank() > 0:
                 progress, say = silent, log.debug
             return distributed.broadcast_json(_finetune(config, progress, say))
     finally:
+        lock.release()
         distributed.teardown()
 
 
