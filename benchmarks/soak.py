@@ -194,9 +194,10 @@ def figures(soak: Soak, samples: list[dict[str, float]], shm: set[str]) -> dict[
     """The row."""
     starts, run, straight = soak.starts(), soak.work / "killed", soak.work / "straight"
     kills = [start for start in starts if start.killed]
-    last = [start.samples[-1] for start in starts if start.samples and start.samples[-1]["steps"] >= 2]
+    ends = [start.samples[-1] for start in starts if start.samples]
+    last = [one for one in ends if one["steps"] >= 2 and "rss_mib" in one]  # none if it was dying by then
     losses = [row["loss"] for row in trained(straight) if row["kind"] == "train"]
-    leaders = soak.runners["killed"].leaders
+    leaders = [pid for start in starts for pid in start.leaders]
     held = {key: [one[key] for one in samples if key in one] for key in ("rss_mib", "fds", "threads")}
     return {
         "steps": soak.steps,
@@ -208,7 +209,10 @@ def figures(soak: Soak, samples: list[dict[str, float]], shm: set[str]) -> dict[
         "steps_done_again": sum(start.lost for start in kills),
         "most_steps_lost": max((start.lost for start in kills), default=0),
         "steps_lost_allowed": 2 * EVERY,
-        "others_ended_unaided": all(start.unaided for start in starts),
+        "others_ended_as_torchrun_would": {
+            "before the first step": sum(not start.unaided and not start.samples for start in starts),
+            "in training": sum(not start.unaided and bool(start.samples) for start in starts),
+        },
         "differences": differences(run, straight),
         "left_over": left_over(run, leaders),
         "loss": {"first": losses[0], "last": losses[-1]},
@@ -219,6 +223,7 @@ def figures(soak: Soak, samples: list[dict[str, float]], shm: set[str]) -> dict[
         "threads": {"most": max(held["threads"]), "last": held["threads"][-1]},
         "shm_files_left": orphans(shm),
         "cpu_s": round(sum(start.cpu_s for start in starts)),
+        "wall_s": round(sum(start.wall_s for start in starts)),
     }
 
 
@@ -248,7 +253,6 @@ def main() -> None:
         "quick": options.quick,
         "seed": options.seed,
         **row,
-        "wall_s": round(time.monotonic() - soak.begun),
     }
     print(json.dumps(row, indent=1))
     judge("kills", row["kills"], kills)

@@ -145,6 +145,9 @@ class Start:
     unaided: bool = True
     """Whether the ranks that were not killed ended by themselves."""
     cpu_s: float = 0.0
+    wall_s: float = 0.0
+    leaders: list[int] = field(default_factory=list[int])
+    """Its processes, each of which leads a session."""
     peak_mib: float = 0.0
     samples: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """What rank 0 held after so many ``steps`` of its own: ``rss_mib``, ``fds``, ``threads``."""
@@ -228,6 +231,7 @@ class Runner:
         before = inode(self.run)
         pids = [self._start(rank, fault) for rank in self._ranks()]
         self.leaders += pids
+        start.leaders, begun = pids, time.monotonic()
         try:
             self._watch(pids, fault, before, start)
         finally:
@@ -235,6 +239,7 @@ class Runner:
                 self._kill(pid)
         ends = [self._end(pid) for pid in pids]
         start.codes = [end["code"] for end in ends]
+        start.wall_s = time.monotonic() - begun
         start.cpu_s = sum(end["cpu_s"] for end in ends)
         start.peak_mib = max(end["mib"] for end in ends)
         start.saved = newest_step(self.run)
