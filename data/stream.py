@@ -5,12 +5,15 @@ ranks and workers (``order``), and goes on from any step (docs/stream.md). Worke
 processes: the loader keeps their batches in order, so the place in the order is all there is to store.
 """
 
+import copy
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from ..configs.errors import UserError
@@ -27,6 +30,7 @@ from .datasets import (
     resumed_order,
 )
 from .order import AnyOrder, Steps, rank_slice
+from .stacks import Stacks, answer
 from .stages import Shape, Shapes, StageConfig
 from .text import Tokenizer
 
@@ -66,6 +70,7 @@ class Stream(Iterator[Batch]):
         self._pin_memory = pin_memory
         self._epoch = self._step = 0
         self._batches: Iterator[Batch | Failure] | None = None
+        self._stacks = Stacks()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,6 +126,23 @@ class Stream(Iterator[Batch]):
         for s, source in enumerate(self._sources):
             source.shards.prefetch([shard for own, shard in ahead if own == s])
 
+    def worker_stacks(self) -> str:
+        """What the worker processes are doing, in lines for people; "" without workers. For any thread."""
+        return self._stacks.of([worker.pid for worker in getattr(self._batches, "_workers", [])])
+
+    def shards_due(self) -> list[str]:
+        """Names of the shards that this rank's next batch comes from, where they are known. For any thread."""
+        if not self._sources:
+            return []
+        rows = rank_slice(self._recipe.rank, self._recipe.world_size, self._order.global_batch_size)
+        places = copy.deepcopy(self._order).places(self._epoch, self._step, rows)
+        names: dict[str, None] = {}
+        for s, source in enumerate(self._sources):
+            ids = source.sample_ids(places.ordinal[places.source == s])
+            numbers = np.searchsorted(np.cumsum(source.shards.shard_sizes), ids, side="right")
+            names |= dict.fromkeys(source.shards.shard_names[number] for number in numbers)
+        return list(names)
+
     def _start(self) -> Iterator[Batch | Failure]:
         maker = BatchMaker(self._sources, self._order, self._tokenizer, self._recipe, self._seed)
         steps = Steps(self._epoch, self._step, self.steps_per_epoch)
@@ -143,7 +165,7 @@ class Stream(Iterator[Batch]):
                 prefetch_factor=self._config.prefetch,
                 multiprocessing_context=self._config.start_method,
                 collate_fn=_unchanged,
-                worker_init_fn=_start_worker,
+                worker_init_fn=partial(_start_worker, self._stacks.path),
                 pin_memory=self._pin_memory,
             )
             batches = iter(loader)
@@ -202,7 +224,8 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(stacks: str, _: int) -> None:
+    answer(stacks)
     # Ctrl-C is the training process's to handle; workers follow when it ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -47,7 +47,10 @@ def others_watched() -> Generator[None]:
     except RuntimeError as error:
         if distributed.world_size() == 1 or not any(word in str(error) for word in LOST):
             raise
-        raise UserError(
-            "another process of this run has ended, and all must work together; the same command goes on "
-            "from what is saved"
-        ) from error
+        late = "imed out" in str(error)
+        lost = UserError(
+            f"another process of this run {'does not answer' if late else 'has ended'}, and all must work "
+            "together; the same command goes on from what is saved"
+        )
+        lost.alone = True  # who tells it else?
+        raise lost from error

@@ -29,6 +29,7 @@ from .quarantine import Quarantine
 from .run import open_run, run_path
 from .state import TrainState
 from .tracking import Tracker, cut_metrics
+from .watch import Watch
 
 __all__ = ["RunParts"]
 
@@ -37,8 +38,8 @@ class RunParts:
     """One process's share of a run: model, data, engine and folder. Raises UserError for what the user can
     mend, on every rank alike."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: PretrainConfig, device: torch.device, watch: Watch) -> None:
+        self.config, self.device, self.watch = config, device, watch
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.batch_size = config.train.global_batch_size
         set_threads(config.train.threads)
@@ -49,6 +50,7 @@ class RunParts:
         self._check_data()
         self._build_engine()
         self._open_folder()
+        self.watch.follow(lambda: self.state.step, self.stream)
 
     def _build_model(self) -> None:
         """The same weights on every rank, then random numbers of each rank's own."""

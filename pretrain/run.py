@@ -18,6 +18,7 @@ FREE = (
     "out",
     "checkpoint",
     "tracking",
+    "watch",
     "evaluate",
     "data.workers",
     "data.prefetch",
@@ -34,7 +35,6 @@ FREE = (
     "train.device",
     "train.threads",
     "train.log_every_steps",
-    "train.timeout_s",
 )
 
 

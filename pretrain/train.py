@@ -14,6 +14,7 @@ import torch
 
 from ..configs.errors import UserError
 from . import distributed
+from .agree import others_watched
 from .clock import Clock
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
@@ -21,12 +22,15 @@ from .encode import quick_retrieval
 from .engine import no_sync
 from .fit import notes
 from .gradcache import forward_backward
+from .memory import memory_told
 from .model import clamp_logit_scale
 from .optim import clip_gradients, set_lr
 from .parts import RunParts
+from .run import run_path
 from .schedule import lr_at
 from .stages import patch_dropout_at
 from .stop import StopRequest, stop_on_signals
+from .watch import Watch, record_flights
 
 __all__ = ["Outcome", "Show", "train"]
 
@@ -60,10 +64,12 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
 
     The same on every rank. Raises UserError for what the user can mend, on every rank alike.
     """
-    device = distributed.setup(config.train.device, timeout_s=config.train.timeout_s)
+    record_flights(run_path(config))
+    device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
     try:
-        with stop_on_signals() as stop:
-            run = _Run(config, device)
+        watch = Watch(config.watch, run_path(config))
+        with stop_on_signals() as stop, others_watched(), memory_told(config.train, device), watch:
+            run = _Run(config, device, watch)
             run.show = show if run.rank == 0 else None
             try:
                 return run.go(stop)
@@ -85,7 +91,13 @@ class _Run(RunParts):
             self.show.start(self._facts())
         saved, stopping = state.step, False
         precision = config.train.precision
-        clock = Clock(state.samples_seen, device=self.device, costs=self.costs, precision=precision)
+        clock = Clock(
+            state.samples_seen,
+            device=self.device,
+            costs=self.costs,
+            precision=precision,
+            on_pause=self.watch.be_patient,
+        )
         self.model.train()
         while state.step < self.total_steps and not stopping:
             batch, stopping = self._next(stop, clock)
@@ -114,6 +126,7 @@ class _Run(RunParts):
                     state.ema.update(self.clip)
             state.step += 1
             state.samples_seen += self.batch_size
+            self.watch.step_done()
             clock.count(batch, recomputed=self.micro_batches > 1 or config.train.grad_checkpointing)
 
             # -- what the step leaves behind
