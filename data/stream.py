@@ -131,7 +131,7 @@ class Stream(Iterator[Batch]):
         return self._stacks.of([worker.pid for worker in getattr(self._batches, "_workers", [])])
 
     def shards_due(self) -> list[str]:
-        """Names of the shards that this rank's next batch comes from, where they are known. For any thread."""
+        """Names of the shards that this rank's next batch comes from, if they are known. For any thread."""
         if not self._sources:
             return []
         rows = rank_slice(self._recipe.rank, self._recipe.world_size, self._order.global_batch_size)

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -38,7 +39,8 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> torch.device:
 
     ``device`` is ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``. Without ``WORLD_SIZE`` in the
     environment no group is made. A group that exists already is used as it is. Collectives, and the wait for
-    the others here, may take ``timeout_s``. Raises UserError for CUDA without a GPU, and if others do not come.
+    the others here, may take ``timeout_s``. Raises UserError for CUDA without a GPU, and for others that do
+    not come.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,17 +52,21 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> torch.device:
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
-        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, timeout=timeout, store=meet(timeout_s), **place)
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_s),
+            store=meet(timeout_s),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
     return local
 
 
 def set_timeout(seconds: float) -> None:
     """How long the collectives that begin from now on may take."""
     if is_initialized():
-        # public since torch 2.14
-        set_ = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # pyright: ignore[reportPrivateUsage]
+        old = "_set_pg_timeout"  # before torch 2.14
+        set_ = getattr(dist, "set_timeout", None) or getattr(distributed_c10d, old)
         set_(timedelta(seconds=seconds))
 
 
@@ -273,7 +279,7 @@ def notice(key: str, text: str) -> None:
 
 
 def noticed(key: str) -> str:
-    """The text that a process left, "" if there is none; ``LOST`` if the store has ended with the launcher."""
+    """The text that a process left, "" if none; ``LOST`` if the store has ended with the launcher."""
     try:
         if world_size() == 1 or not _store().check([key]):
             return ""
@@ -284,8 +290,8 @@ def noticed(key: str) -> str:
         return ""
 
 
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
+def _store() -> distributed_c10d.Store:
+    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
 
 
 class _ScalarMean:

@@ -9,9 +9,9 @@ nobody has used before, and all keys go below it.
 import secrets
 import time
 from datetime import timedelta
-from typing import cast
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..configs.errors import UserError
 
@@ -20,23 +20,23 @@ __all__ = ["meet"]
 LOOK_S = 0.02  # seconds between looks of process 0 at who is there
 
 
-def meet(timeout_s: float) -> dist.Store:
-    """A store whose keys the processes that the launcher announced (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
-    ``MASTER_PORT``) have for themselves. Raises UserError if some of them do not come within ``timeout_s``.
+def meet(timeout_s: float) -> Store:
+    """A store that the processes announced by the launcher (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
+    ``MASTER_PORT``) have for themselves. Raises UserError if some do not come within ``timeout_s`` seconds.
     """
     try:
-        handler = dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))
-        store, rank, world_size = cast(tuple[dist.Store, int, int], next(handler))
+        handler = rendezvous("env://", timeout=timedelta(seconds=timeout_s))
+        store, rank, world_size = next(handler)
         name = _gather(store, world_size, timeout_s) if rank == 0 else _come(store, rank, timeout_s)
     except RuntimeError as error:
         raise _alone(
             f"the process that the others meet at could not be reached within {timeout_s:g} s; see whether "
             f"it runs and lets connections through ({_first_line(error)})"
         ) from error
-    return dist.PrefixStore(f"diptych/{name}", store)
+    return PrefixStore(f"diptych/{name}", store)
 
 
-def _come(store: dist.Store, rank: int, timeout_s: float) -> str:
+def _come(store: Store, rank: int, timeout_s: float) -> str:
     """Say that this process is here and wait for the name of the meeting. What it says is new, so that an
     answer to a dead process of its rank is not taken for one to itself."""
     here = secrets.token_hex(8)
@@ -47,7 +47,7 @@ def _come(store: dist.Store, rank: int, timeout_s: float) -> str:
     return name
 
 
-def _gather(store: dist.Store, world_size: int, timeout_s: float) -> str:
+def _gather(store: Store, world_size: int, timeout_s: float) -> str:
     """Tell the name to all processes until each has taken it, dead ones that left word aside."""
     name, answered = secrets.token_hex(8), dict.fromkeys(range(1, world_size), b"")
     missing, end = list(answered), time.monotonic() + timeout_s
@@ -63,14 +63,13 @@ def _gather(store: dist.Store, world_size: int, timeout_s: float) -> str:
             if here != answered[rank]:
                 store.set(f"diptych/answer/{here.decode()}", name)
                 answered[rank] = here
-        missing = [
-            r for r in missing if not (w := _get(store, f"diptych/ready/{name}/{r}")) or w != answered[r]
-        ]
+        ready = {rank: _get(store, f"diptych/ready/{name}/{rank}") for rank in missing}
+        missing = [rank for rank in missing if not answered[rank] or ready[rank] != answered[rank]]
         time.sleep(LOOK_S if missing else 0)
     return name
 
 
-def _get(store: dist.Store, key: str) -> bytes:
+def _get(store: Store, key: str) -> bytes:
     return store.get(key) if store.check([key]) else b""
 
 

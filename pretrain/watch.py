@@ -179,8 +179,8 @@ def _key(step: int, rank: int) -> str:
 
 
 def doing_now(frame: FrameType | None) -> str:
-    """What a thread of a run is doing, by its innermost frame: ``waiting for data``, ``evaluating``, ``saving a
-    checkpoint``, ``starting`` or ``computing``, and whether that is in a collective."""
+    """What a thread of a run is doing, by its innermost frame: ``waiting for data``, ``evaluating``,
+    ``saving a checkpoint``, ``starting`` or ``computing``, and whether that is in a collective."""
     names = [*reversed([*_names(frame)])]
     doing = next((d for n, f in names for m, g, d in _DOING if n == m and g in ("", f)), "computing")
     if any(name.startswith(("torch.distributed.", "diptych.pretrain.distributed")) for name, _ in names):
