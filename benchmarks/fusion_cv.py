@@ -28,13 +28,13 @@ from rows import append_row, judge, machine
 
 from diptych.configs.load import load_config
 from diptych.data.text import tokenizer_for
-from diptych.finetune.adapt import LiveRows, Part, fit
-from diptych.finetune.cells import PictureReader
+from diptych.finetune.adapt.fit import LiveRows, Part, fit
 from diptych.finetune.config import FinetuneConfig
-from diptych.finetune.features import silent
+from diptych.finetune.encoders.features import silent
 from diptych.finetune.protocol import finetune
-from diptych.finetune.saved import write_encoder
+from diptych.finetune.runs.saved import write_encoder
 from diptych.finetune.session import Session, open_sessions
+from diptych.finetune.tables.cells import PictureReader
 from diptych.pretrain.config import ModelConfig
 from diptych.pretrain.model import LoadedModel, build_model, open_clip_config
 

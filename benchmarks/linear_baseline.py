@@ -19,12 +19,12 @@ from rows import append_row, machine
 from sklearn.linear_model import LogisticRegression
 
 from diptych.configs.load import load_config
-from diptych.finetune.config import SINGLE, FinetuneConfig
-from diptych.finetune.features import silent
-from diptych.finetune.intervals import paired_intervals
+from diptych.finetune.config import ENCODED, FinetuneConfig
+from diptych.finetune.encoders.features import silent
+from diptych.finetune.scores.intervals import paired_intervals
 from diptych.finetune.session import Session, open_sessions
 
-KINDS = (*SINGLE, "both")
+KINDS = (*ENCODED, "both")
 STRENGTHS = (0.001, 0.003, 0.01)
 """scikit-learn's C; the smaller, the more is penalised."""
 
@@ -32,7 +32,7 @@ STRENGTHS = (0.001, 0.003, 0.01)
 def features(session: Session, kind: str, rows: Any) -> Any:
     """Features float32 [n, D] of some rows, centred and scaled by the training rows."""
     parts: list[Any] = []
-    for k in SINGLE if kind == "both" else (kind,):
+    for k in ENCODED if kind == "both" else (kind,):
         train, x = (
             session.features.batch(torch.from_numpy(some))[0][k].numpy()
             for some in (session.splits.train, rows)
@@ -77,7 +77,7 @@ def main() -> None:
     rows = np.concatenate([session.splits.test for session in folds])
     y = folds[0].targets[rows]
     p = {kind: np.concatenate([one for _, one in found[kind]]) for kind in KINDS}
-    single = max(SINGLE, key=lambda kind: np.mean([score for score, _ in found[kind]]))
+    single = max(ENCODED, key=lambda kind: np.mean([score for score, _ in found[kind]]))
     task = folds[0].task
     groups = [folds[0].rows.groups[i] for i in rows]
     scores, gains = paired_intervals(y, p, task.metrics, groups, task=task, against=single)

@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say by how much the result differs."""
-    from ..finetune.export import export
+    from ..finetune.export.formats import export
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -133,8 +133,8 @@ def print_results(result: dict[str, Any], console: Any) -> None:
     """The heads of results.json as a table, best first, the folds, the fusion gain, and the headline."""
     from rich.table import Table
 
-    from ..finetune.report_protocol import protocol_note, threshold_note
-    from ..finetune.tasks import higher_is_better
+    from ..finetune.report.protocol import protocol_note, threshold_note
+    from ..finetune.tasks.task import higher_is_better
 
     heads = result["heads"]
     shown = 1 if result.get("type") == "retrieval" else 3  # all of its metrics stand in a table of their own
@@ -215,7 +215,7 @@ def _print_retrieval(result: dict[str, Any], console: Any) -> None:
     """All metrics of the baseline and of the recommended head beside chance."""
     from rich.table import Table
 
-    from ..finetune.retrieval_results import gallery_words
+    from ..finetune.scores.retrieval_results import gallery_words
 
     names = list(dict.fromkeys((result["best_single"], result["best"])))
     title = f"among {gallery_words(result)}"

@@ -20,7 +20,7 @@ from ..configs.errors import UserError
 
 __all__ = ["COMMANDS", "build_parser", "main", "parse_line"]
 
-COMMANDS = ("data", "pretrain", "evaluate", "finetune", "predict", "export", "report", "demo")
+COMMANDS = ("data", "pretrain", "checkpoint", "evaluate", "finetune", "predict", "export", "report", "demo")
 
 EPILOG = """example:
   diptych data fetch icons

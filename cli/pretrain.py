@@ -120,6 +120,10 @@ class _Console:
             if self.bar is not None:
                 self.bar.update(self.task, completed=row["step"], description=text)
                 return
+        elif row["kind"] == "checkpoint":
+            if "warning" not in row:
+                return
+            text = f"warning: {row['warning']}"
         else:
             text = "held out: " + ", ".join(
                 f"{name.removeprefix('val/')} {row[name]:.3f} (chance {row[name + '_chance']:.4f})"

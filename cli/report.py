@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print its path."""
-    from ..finetune.report import write_report
+    from ..finetune.report.page import write_report
 
     print(write_report(args.runs, args.out))
     return 0

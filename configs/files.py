@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, and where caches live."""
 
+import logging
 import os
 import secrets
 from collections.abc import Generator
@@ -8,7 +9,10 @@ from pathlib import Path
 
 from .errors import UserError
 
+log = logging.getLogger(__name__)
+
 __all__ = [
+    "Lines",
     "atomic_write_bytes",
     "atomic_write_text",
     "cache_dir",
@@ -54,6 +58,51 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Lines:
+    """A file to which lines are added. A full disk costs none of them: what cannot be written is told once,
+    waits, and is written with the next."""
+
+    def __init__(self, path: Path) -> None:
+        """It is made by the first call of ``add``."""
+        self.path = path
+        self._handle: int | None = None
+        self._made = self._failing = False
+        self._waiting = bytearray()
+
+    def add(self, *lines: str) -> None:
+        """Add lines, which end in a line feed, to what waits, and write it."""
+        for line in lines:
+            self._waiting += line.encode()
+        try:
+            self._write()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s cannot be written (%s); what is new waits in memory", self.path, error)
+            self._failing = True
+            self._shut()  # a mount that comes back has other handles
+
+    def _write(self) -> None:
+        if self._handle is None:
+            # made once: where a mount has vanished, a new file would lie beside the old one
+            flags = os.O_WRONLY | os.O_APPEND | (0 if self._made else os.O_CREAT)
+            self._handle = os.open(self.path, flags, 0o666)
+            self._made = True
+        while self._waiting:
+            del self._waiting[: os.write(self._handle, self._waiting)]
+
+    def _shut(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def close(self) -> None:
+        """Write what waits, if that is possible now."""
+        if self._waiting:
+            self.add()
+        self._shut()
 
 
 @contextmanager

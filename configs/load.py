@@ -30,6 +30,8 @@ class StrictModel(BaseModel):
 
 
 Config = TypeVar("Config", bound=StrictModel)
+MOST_LETTERS, MOST_VALUES = 1 << 20, 100_000
+"""More than any config: what is larger was made to fill the memory."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,7 +58,9 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> Json:
     seen: set[Any] = set()
     for key, _ in node.value:
-        name = loader.construct_object(key)
+        name = loader.construct_object(key, deep=True)
+        if isinstance(name, list | dict):
+            raise UserError(f"{key.start_mark.name}: a list or mapping stands where a key should")
         if name in seen:
             raise UserError(f"{key.start_mark.name}: key '{name}' stands twice; remove one")
         seen.add(name)
@@ -69,14 +73,39 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def _parse(text: str, name: str) -> Any:
-    loader = _Loader(text)
+    if len(text) > MOST_LETTERS:
+        raise UserError(f"{name} has {len(text)} letters, which no config needs (at most {MOST_LETTERS})")
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     loader.name = name
     try:
-        return loader.get_single_data()
+        return _counted(loader.get_single_data(), name)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: keys and lists stand too deep within one another") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{name} is not YAML: {error}") from error
     finally:
         loader.dispose()
+
+
+def _counted(data: Any, name: str) -> Any:
+    """``data``, if it is not too much once every alias is written out: a few lines of YAML can stand for
+    terabytes, or for themselves."""
+    left, count = [data], 0
+    while left:
+        value = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise UserError(f"{name} stands for more than {MOST_VALUES} values; write it without aliases")
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+    return data
 
 
 def read_yaml(path: str | Path) -> Json:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from ..configs.errors import UserError
@@ -166,6 +167,7 @@ class Stream(Iterator[Batch]):
                 multiprocessing_context=self._config.start_method,
                 collate_fn=_unchanged,
                 worker_init_fn=partial(_start_worker, self._stacks.path),
+                generator=torch.Generator(),  # else a start draws one of the run's random numbers
                 pin_memory=self._pin_memory,
             )
             batches = iter(loader)

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 
 from ..configs.errors import UserError
 from ..configs.files import temporary_beside
-from .cells import PictureFolder
-from .explain import Explanation
-from .features import Progress, silent
+from .encoders.features import Progress, silent
+from .explain.shapley import Explanation
 from .predictor import Predictor
-from .sources import Form, Source, open_source
-from .tables import CHUNK, FORMATS, UNREADABLE, Columns
-from .tasks import Floats
+from .tables.cells import PictureFolder
+from .tables.files import CHUNK, FORMATS, UNREADABLE, Columns
+from .tables.sources import Form, Source, open_source
+from .tasks.task import Floats
 
 __all__ = ["answer_table", "check_out"]
 

@@ -31,13 +31,13 @@ from ..pretrain import distributed
 from .deal import train_all
 from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
 from .missing import missing_answers, missing_matrix
-from .saved import read_json
+from .runs.saved import read_json
 from .scoring import choose, evaluate, rechosen, threshold_facts, write_run
 from .search import search_results
 from .session import Session
-from .tasks import Floats, Ints, higher_is_better
-from .thresholds import DECIDED, decided
-from .vectors import halves
+from .tasks.task import Floats, Ints, higher_is_better
+from .tasks.thresholds import DECIDED, decided
+from .tasks.vectors import halves
 
 __all__ = ["cross_validate"]
 

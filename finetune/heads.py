@@ -16,22 +16,22 @@ from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from ..pretrain import distributed
 from ..pretrain.model import Encoders, LoadedModel
-from .adapt import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
-from .cells import PictureReader
+from .adapt.fit import LIVE_EVAL_BATCH, Fitted, LiveRows, fit, inner_scores, logits_of, soup
+from .adapt.presence import Shown, logits_under
+from .adapt.retention import mean_retention, told
+from .adapt.training import Diverged, below, inner_score
 from .config import AdaptConfig, HeadConfig
-from .fusion import Head, build_head
-from .joint import start_joint
-from .piece import Piece
-from .presence import Shown, logits_under
-from .projection import start_vectors
-from .retention import mean_retention, told
-from .saved import open_encoder, read_head, read_json, save_head
+from .config.space import is_searched
+from .fusion.joint import start_joint
+from .fusion.operators import Head, build_head
+from .fusion.projection import start_vectors
+from .runs.piece import Piece
+from .runs.saved import open_encoder, read_head, read_json, save_head
 from .search import Found, search_head, search_key, told_search
-from .search_space import is_searched
 from .session import Session
-from .tasks import Floats, Ints
-from .thresholds import choose_thresholds, used
-from .training import Diverged, below, inner_score
+from .tables.cells import PictureReader
+from .tasks.task import Floats, Ints
+from .tasks.thresholds import choose_thresholds, used
 
 __all__ = [
     "How",

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapt.presence import Shown
 from .heads import head_answers
-from .intervals import paired_intervals
-from .presence import Shown
+from .scores.intervals import paired_intervals
 from .session import Session
-from .targets import Targets
-from .tasks import Floats, Ints
+from .tasks.targets import Targets
+from .tasks.task import Floats, Ints
 
 __all__ = ["RATES", "Scenario", "missing_answers", "missing_matrix", "scenarios"]
 

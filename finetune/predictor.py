@@ -13,24 +13,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..configs.documents import as_written
 from ..configs.errors import UserError
 from ..pretrain.model import Encoders
 from ..pretrain.retrieval import top_k
-from .cells import PictureFolder
-from .columns import ColumnState, column_features, read_states
+from .adapt.presence import Shown, has_weights, logits_under, weights_of
 from .config import LabelledDataConfig, ModalityConfig
-from .explain import Explanation, coalitions, explained_class, shapley, values_of
-from .features import FeatureRows, Progress, extract, silent
-from .manifest import Rows, parse_rows
-from .presence import Shown, has_weights, logits_under, weights_of
-from .relevance import Member, Relevance, relevance_of
-from .saved import SavedHead, device_of, open_encoder, read_head, read_json
-from .scored import score_table
-from .sources import Form, read_source
-from .tables import Columns, columns_of
-from .tasks import Floats, Task
-from .thresholds import decided
-from .vectors import halves
+from .encoders.columns import ColumnState, column_features, read_states
+from .encoders.features import FeatureRows, Progress, extract, silent
+from .explain.relevance import Member, Relevance, relevance_of
+from .explain.shapley import Explanation, coalitions, explained_class, shapley, values_of
+from .runs.saved import SavedHead, device_of, head_folder, open_encoder, read_head, read_json
+from .scores.scored import score_table
+from .tables.cells import PictureFolder
+from .tables.files import Columns, columns_of
+from .tables.manifest import Rows, parse_rows
+from .tables.sources import Form, read_source
+from .tasks.task import Floats, Task
+from .tasks.thresholds import decided
+from .tasks.vectors import halves
 
 __all__ = ["Predictor"]
 
@@ -67,6 +68,7 @@ class Predictor:
         """Pictures with more pixels are not decoded."""
         self.thresholds: list[float] = info.get("thresholds", {}).get(name, [0.5] * len(self.classes[-1:]))
         """From which probability on the positive class, or each label, is predicted; none for other tasks."""
+        self._columns = LabelledDataConfig(manifest="", modalities=self.modalities, id=info["id"])
         self._info, self._saved, self._device = info, saved, device
         self._models: dict[Path, Encoders] = {}
 
@@ -74,30 +76,31 @@ class Predictor:
     def load(cls, run: str | Path, *, head: str | None = None, device: str = "auto") -> "Predictor":
         """Open a run folder; ``head`` is one of its heads (default: the one that the inner rows chose).
 
-        Raises UserError if the folder is no finished fine-tuning run, has no such head, or for a device that
-        is not there.
+        Raises UserError if the folder is no finished fine-tuning run, has no such head or no such device.
         """
         run = Path(run)
         if not (run / "run.json").is_file():
             raise UserError(
                 f"{run} is no finished fine-tuning run (no run.json); give a folder of diptych finetune"
             )
+        with as_written(run / "run.json", "make the run again"):
+            return cls._open(run, head, device_of(device))
+
+    @classmethod
+    def _open(cls, run: Path, head: str | None, place: torch.device) -> "Predictor":
         info = read_json(run / "run.json")
         name = head or info["best"]
         if name not in info["heads"]:
             raise UserError(f"{run} has no head '{name}'; it has {', '.join(info['heads'])}")
-        place = device_of(device)
-        task = Task(info["task"], tuple(info["classes"]))
+        task, folder = Task(info["task"], tuple(info["classes"])), head_folder(run, name)
         key = info.get("keys", {}).get(name)
-        if key is not None and read_json(run / "heads" / name / "head.json").get("key") != key:
+        if key is not None and read_json(folder / "head.json").get("key") != key:
             raise UserError(
                 f"{run}: head '{name}' was trained again by a run that did not finish; let diptych finetune "
                 "finish it"
             )
-        saved = read_head(
-            run / "heads" / name, info["widths"], info["token_widths"], task, info.get("pooled", ())
-        )
-        states = read_states(read_json(run / "heads" / name / "head.json").get("columns", {}))
+        saved = read_head(folder, info["widths"], info["token_widths"], task, info.get("pooled", ()))
+        states = read_states(read_json(folder / "head.json").get("columns", {}))
         return cls(run, info, name, saved, place, states)
 
     @property
@@ -118,8 +121,8 @@ class Predictor:
 
     def export(self, kind: str, path: str | Path, *, force: bool = False) -> dict[str, float]:
         """Write the model to the folder ``path``: ``open_clip``, ``hf`` (its encoders), ``torch_export``
-        or ``onnx`` (all of it); see ``export.export``. Returns the largest differences that were found."""
-        from .export import export
+        or ``onnx`` (all of it); see ``export.formats``. Returns the largest differences that were found."""
+        from .export.formats import export
 
         return export(self.run, kind, path, head=self.head, force=force)
 
@@ -175,7 +178,7 @@ class Predictor:
         root: str | Path | None = None,
         progress: Progress = silent,
     ) -> list[dict[str, float]]:
-        """Per row what each modality contributed to the answer, exact Shapley values (see ``explain``): of
+        """Per row what each modality contributed to the answer, exact Shapley values (``shapley.py``): of
         the log odds of the predicted class (multilabel: the most probable label), or of the class ``of``; for
         regression of the number, in the target's unit.
 
@@ -387,7 +390,7 @@ class Predictor:
 
     def parse(self, columns: Columns, folder: PictureFolder, source: str, first: int = 0) -> Rows:
         """Rows of columns, or of a chunk of them with ``first`` rows before it."""
-        config = LabelledDataConfig(manifest=source, modalities=self.modalities, id=self._info["id"])
+        config = self._columns.model_copy(update={"manifest": source})
         return parse_rows(columns, config, folder, source=source, target=None, first=first)
 
 

@@ -25,15 +25,15 @@ from ..pretrain.agree import others_watched
 from .config import FinetuneConfig
 from .crossval import cross_validate
 from .deal import train_all
-from .features import Progress, silent
+from .encoders.features import Progress, silent
 from .heads import head_probabilities, history_of, kept_inner, kept_thresholds, train_head
-from .looks import look
 from .missing import missing_answers, missing_matrix
-from .saved import device_of, read_json
+from .runs.looks import look
+from .runs.saved import device_of, read_json
 from .scoring import choose, evaluate, threshold_facts, write_run
 from .search import search_results
 from .session import Session, open_sessions, run_folder
-from .thresholds import decided
+from .tasks.thresholds import decided
 
 __all__ = ["finetune", "run_folder"]
 

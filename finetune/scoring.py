@@ -10,14 +10,14 @@ from ..configs.files import atomic_write_text
 from ..pretrain.statistics import Interval
 from .config import ENCODED
 from .heads import kept_thresholds
-from .intervals import paired_intervals
-from .results import SHARES, headline, make_results, write_predictions
-from .saved import read_json
+from .runs.saved import read_json
+from .scores.intervals import paired_intervals
+from .scores.results import SHARES, headline, make_results, write_predictions
+from .scores.verdict import no_verdict
 from .session import Session
-from .targets import Targets
-from .tasks import Floats, Ints, Task, higher_is_better
-from .thresholds import has_thresholds
-from .verdict import no_verdict
+from .tasks.targets import Targets
+from .tasks.task import Floats, Ints, Task, higher_is_better
+from .tasks.thresholds import has_thresholds
 
 __all__ = [
     "choose",

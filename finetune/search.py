@@ -21,11 +21,11 @@ from typing import Any
 from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 from .config import AdaptConfig, FinetuneConfig, HeadConfig
-from .saved import read_json
-from .search_config import import_optuna
-from .search_space import RangeConfig, Space, is_searched, settings_of, space_of, with_settings
+from .config.search import import_optuna
+from .config.space import RangeConfig, Space, is_searched, settings_of, space_of, with_settings
+from .runs.saved import read_json
 from .session import Session
-from .tasks import higher_is_better
+from .tasks.task import higher_is_better
 
 __all__ = ["Found", "search_head", "search_key", "search_results", "told_search"]
 

@@ -19,25 +19,25 @@ from ..configs.load import to_yaml
 from ..pretrain import distributed
 from ..pretrain.agree import on_rank_0
 from ..pretrain.model import Encoders
-from .adapt import Part
-from .cells import Picture
-from .checks import check_inner, prepare, without
-from .columns import ColumnState, column_features, fit_columns
+from .adapt.encoders import check_methods
+from .adapt.fit import Part
+from .adapt.matching import with_negatives
 from .config import FinetuneConfig, LabelledDataConfig
-from .encoders import check_methods
-from .features import FeatureRows, Progress, encoder_fingerprint, extract
-from .folds import Fold, inner_split, make_folds, strata_of
-from .fusion import check_heads
-from .journal import Journal
-from .links import linked
-from .manifest import Rows, Splits, read_rows, split_rows
-from .matching import with_negatives
-from .saved import device_of, save_encoder
-from .search_config import encoder_cost, import_optuna, trainings
-from .search_space import candidates
-from .targets import Targets, encode_targets, make_task
-from .tasks import Ints, Task
-from .unimodal import open_source
+from .config.search import encoder_cost, import_optuna, trainings
+from .config.space import candidates
+from .encoders.columns import ColumnState, column_features, fit_columns
+from .encoders.features import FeatureRows, Progress, encoder_fingerprint, extract
+from .encoders.unimodal import open_source
+from .fusion.operators import check_heads
+from .runs.journal import Journal
+from .runs.saved import device_of, save_encoder
+from .splits.checks import check_inner, prepare, without
+from .splits.folds import Fold, inner_split, make_folds, strata_of
+from .tables.cells import Picture
+from .tables.links import linked
+from .tables.manifest import Rows, Splits, read_rows, split_rows
+from .tasks.targets import Targets, encode_targets, make_task
+from .tasks.task import Ints, Task
 
 __all__ = [
     "VERSION",

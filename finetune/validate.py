@@ -14,19 +14,19 @@ import numpy as np
 
 from ..configs.errors import UserError
 from ..data.canonical import canonical_caption
-from .cells import BrokenPicture, Picture, PictureReader
-from .checks import Planned, faults
+from .adapt.matching import with_negatives
 from .config import FinetuneConfig
-from .features import Progress, silent
-from .folds import strata_of
-from .links import PICTURE, TEXT, linked
-from .manifest import Rows, Splits, parse_rows, read_manifest
-from .matching import with_negatives
-from .search_config import encoder_cost, import_optuna, trainings
+from .config.search import encoder_cost, import_optuna, trainings
+from .encoders.features import Progress, silent
+from .encoders.unimodal import open_source
 from .session import data_config, plan, too_many
-from .targets import encode_targets
-from .tasks import Ints
-from .unimodal import open_source
+from .splits.checks import Planned, faults
+from .splits.folds import strata_of
+from .tables.cells import BrokenPicture, Picture, PictureReader
+from .tables.links import PICTURE, TEXT, linked
+from .tables.manifest import Rows, Splits, parse_rows, read_manifest
+from .tasks.targets import encode_targets
+from .tasks.task import Ints
 
 __all__ = ["Finding", "same_words", "validate"]
 

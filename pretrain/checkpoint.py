@@ -5,36 +5,41 @@ sha256 of every file) and renamed; only then are older ones removed. Tensors are
 JSON: nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configs.errors import UserError
 from ..configs.files import fsync_folder
+from .manifest import MANIFEST, scan, seal, verify
+from .retention import superseded
+from .tensor_file import FileFacts, TensorFile, specs, unreadable, write_tensors, write_text
 
 __all__ = [
     "MANIFEST",
+    "as_text",
+    "complete",
+    "folder_name",
     "newest_checkpoint",
+    "newest_or_none",
+    "newest_step",
     "read_document",
     "read_tensors",
+    "remove",
     "remove_leftovers",
     "save",
+    "temporary_name",
     "verify",
+    "write_files",
 ]
 
 log = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-_CHUNK = 1 << 20
 
 
 def folder_name(step: int) -> str:
@@ -42,12 +47,14 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def temporary_name(step: int, token: str) -> str:
+    """The name under which a checkpoint is written, which ``remove_leftovers`` knows."""
+    return f".{folder_name(step)}.{token}.tmp"
+
+
+def as_text(document: Any) -> str:
+    """A JSON document as it is stored."""
+    return json.dumps(document, indent=1) + "\n"
 
 
 def save(
@@ -61,107 +68,108 @@ def save(
 ) -> Path:
     """Write ``run/checkpoints/step_..`` with one .safetensors file per entry of ``tensors``, one JSON file
     per entry of ``documents`` and whatever ``write_more`` puts into the folder; then remove all but the
-    ``keep`` newest checkpoints. Returns the folder. Raises UserError if the disk is full or not writable;
-    then nothing has changed.
+    ``keep`` newest whole checkpoints. Returns the folder. Raises UserError if the disk is full or not
+    writable; then nothing has changed.
     """
     parent = run / "checkpoints"
     final = parent / folder_name(step)
-    temporary = parent / f".{final.name}.{secrets.token_hex(6)}.tmp"
+    temporary = parent / temporary_name(step, secrets.token_hex(6))
     try:
-        temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / name)
-        for name, document in documents.items():
-            (temporary / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        parent.mkdir(parents=True, exist_ok=True)
+        texts = {name: as_text(document) for name, document in documents.items()}
+        files = write_files(temporary, tensors, texts)
         if write_more is not None:
             write_more(temporary)
-        _seal(temporary, step)
-        if final.exists():  # left by a run that was told to start over, or damaged
-            shutil.rmtree(final)
-        temporary.rename(final)
-        fsync_folder(parent)
-    except (OSError, SafetensorError) as error:
+        complete(temporary, final, {"step": step}, files)
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"{final} cannot be written ({error}); make room, then start the same command"
         ) from error
-    for old in [folder for _, folder in _by_step(parent)][keep:]:
-        shutil.rmtree(old)
+    for old in superseded(scan(run), keep=keep, newest=step):
+        remove(old.folder)
     return final
 
 
-def _seal(folder: Path, step: int) -> None:
-    """Sync every file and write the manifest last."""
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    with manifest.open("rb") as file:
-        os.fsync(file.fileno())
-    fsync_folder(folder)
+def write_files(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
+) -> dict[str, FileFacts]:
+    """Write and sync files into ``folder``, made if it is absent and its parent is there. Returns what the
+    manifest must know of them. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    files = {
+        name: write_tensors(folder / name, specs(part), part.__getitem__) for name, part in tensors.items()
+    }
+    return files | {name: write_text(folder / name, text) for name, text in texts.items()}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def complete(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mapping[str, FileFacts]) -> None:
+    """Write the manifest of a folder whose files are durable, and give it its name. Raises OSError."""
+    seal(temporary, facts, files)
+    if final.exists():  # left by a run that was told to start over, or damaged
+        remove(final)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: first its name, so that at no moment half of one stands there. Raises OSError;
+    nothing happens if it is gone already."""
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return data if isinstance(data["step"], int) and isinstance(data["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        folder.rename(hidden)
+    except FileNotFoundError:  # somebody else was faster
+        return
+    shutil.rmtree(hidden)
 
 
-def _by_step(parent: Path) -> list[tuple[int, Path]]:
-    """Finished checkpoints, newest first, by the step in their manifest and not by name."""
-    found: list[tuple[int, Path]] = []
-    for folder in parent.glob("step_*"):
-        manifest = _read_manifest(folder)
-        if manifest is not None:
-            found.append((manifest["step"], folder))
-    return sorted(found, reverse=True)
-
-
-def verify(folder: Path) -> str | None:
-    """None if every file is there and has its size and hash; else what is wrong."""
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        return f"{folder} has no readable {MANIFEST}"
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
-            return f"{path} is damaged (its sha256 differs)"
-    return None
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a warning. None if there is
-    none."""
-    for _, folder in _by_step(run / "checkpoints"):
-        problem = verify(folder)
+def newest_checkpoint(run: Path, *, before: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of a step before ``before`` if that is given; damaged ones are
+    passed over, each named in a warning. None if there is none. Raises UserError for one that a newer version
+    of the program has written."""
+    for found in scan(run, strict=True):
+        if before is not None and found.step >= before:
+            continue
+        problem = found.problem or verify(found.folder)
         if problem is None:
-            return folder
+            return found.folder
         log.warning("%s; going back to an older checkpoint", problem)
     return None
 
 
+def newest_or_none(run: Path) -> Path | None:
+    """As ``newest_checkpoint``, but raises UserError where there are checkpoints and none is whole: a run
+    does not start over by mistake."""
+    newest = newest_checkpoint(run)
+    if newest is None and (found := scan(run)):
+        raise UserError(
+            f"{run / 'checkpoints'} holds {len(found)} checkpoints of which none is whole; remove that "
+            "folder to start the run from its beginning, or put a whole one there"
+        )
+    return newest
+
+
+def newest_step(run: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest finished checkpoint, whose files' hashes are not looked at; None if there
+    is none."""
+    return next(((one.step, one.folder) for one in scan(run) if one.problem is None), None)
+
+
 def remove_leftovers(run: Path) -> None:
-    """Delete what interrupted writes left behind."""
+    """Delete what interrupted writes left behind: checkpoints, and files beside those that they were to
+    replace."""
     for path in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in run.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in run.glob(".seen_*"):
+        path.rmdir()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, on the CPU; UserError if it cannot be read."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove its folder to use an older one") from error
+    file = TensorFile(path)
+    return {name: file.read(name) for name in sorted(file.names)}
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -169,4 +177,4 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove its folder to use an older one") from error
+        raise unreadable(path, error) from error

@@ -9,6 +9,7 @@ from ..data.config import DataConfig
 from .contrastive import LossConfig
 from .locking import LockConfig
 from .optim import OptimConfig
+from .retention import CheckpointConfig
 from .schedule import ScheduleConfig
 from .stages import Stage
 from .towers import ModelConfig
@@ -59,15 +60,6 @@ class TrainConfig(StrictModel):
         return self
 
 
-class CheckpointConfig(StrictModel):
-    """When checkpoints are written, and which stay."""
-
-    every_steps: int = Field(default=500, ge=1)
-    """A checkpoint is also written at the end and when the run is told to stop."""
-    keep: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay; older ones are removed once a newer one is complete."""
-
-
 class ValidationConfig(StrictModel):
     """Quick retrieval on held-out shards while training; ``diptych evaluate`` scores in full."""
 
@@ -98,3 +90,17 @@ class PretrainConfig(StrictModel):
     evaluate: ValidationConfig = ValidationConfig()
     watch: WatchConfig = WatchConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _best_is_scored(self) -> Self:
+        if self.checkpoint.keep_best is None:
+            return self
+        if self.evaluate.data is None:
+            raise ValueError("checkpoint.keep_best needs held-out shards; give evaluate.data")
+        if self.evaluate.every_steps % self.checkpoint.every_steps:
+            raise ValueError(
+                f"checkpoint.keep_best: evaluate.every_steps ({self.evaluate.every_steps}) must be a "
+                f"multiple of checkpoint.every_steps ({self.checkpoint.every_steps}): what is scored must be "
+                "saved"
+            )
+        return self

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..configs.errors import UserError
@@ -394,3 +394,34 @@ def like(tensor: Tensor, whole: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return whole
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(dimension, start, stop) of this process's part of a sharded tensor, None for a plain one."""
+    if not isinstance(tensor, DTensor):
+        return None
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard)
+    starts = row_starts(tensor.shape[placement.dim])
+    start, stop = starts[rank()], starts[rank() + 1]
+    assert tensor.to_local().shape[placement.dim] == stop - start
+    return placement.dim, start, stop
+
+
+def row_starts(rows: int) -> list[int]:
+    """Where each process's part of a sharded dimension begins, and the end: [W + 1]. As torch.chunk cuts."""
+    each = -(-rows // world_size())
+    return [min(number * each, rows) for number in range(world_size() + 1)]
+
+
+def from_own(tensor: Tensor, part: Tensor) -> Tensor:
+    """A tensor sharded as ``tensor`` is, of which ``part`` is this process's; without communication."""
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        part.to(tensor.device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

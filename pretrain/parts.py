@@ -13,7 +13,7 @@ from ..data.shards import open_shards
 from ..data.stream import open_stream
 from ..data.text import tokenizer_for
 from . import distributed
-from .checkpoint import newest_checkpoint, remove_leftovers
+from .checkpoint import newest_or_none, remove_leftovers
 from .compiled import compile_blocks
 from .config import PretrainConfig
 from .ema import Ema
@@ -26,7 +26,8 @@ from .model import ContrastiveModel, build_model, image_size, open_clip_config
 from .optim import build_optimizer
 from .prefetch import PixelCopier
 from .quarantine import Quarantine
-from .run import open_run, run_path
+from .run import config_hash, open_run, run_path
+from .saver import Saver, require_shared
 from .state import TrainState
 from .tracking import Tracker, cut_metrics
 from .watch import Watch
@@ -120,13 +121,19 @@ class RunParts:
             self.folder / "quarantine.jsonl",
             lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
         )
-        newest = on_rank_0(lambda: str(newest_checkpoint(self.folder) or ""))
-        if name := distributed.broadcast_json(newest):
-            self.state.load(Path(name))
+        newest = on_rank_0(lambda: str(newest_or_none(self.folder) or ""))
+        name = distributed.broadcast_json(newest)
+        if self.world_size > 1 and (name or self.state.sharded):
+            require_shared(self.folder)
+        if name:
+            with together():
+                self.state.load(Path(name))
         if self.rank == 0:
             remove_leftovers(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
+        facts = {"config_sha256": config_hash(config)}
+        self.saver = Saver(self.folder, self.state, config.checkpoint, facts)
         self.tracker = on_rank_0(
             lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
         )
@@ -140,6 +147,7 @@ class RunParts:
 
     def close(self) -> None:
         """Stop workers and close files."""
+        self.saver.close()
         self.stream.close()
         if self.tracker is not None:
             self.tracker.finish()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.errors import UserError
+from ..configs.files import Lines
 from . import distributed
 from .tracking import cut_metrics, read_metrics
 
@@ -18,6 +19,7 @@ class Quarantine:
     def __init__(self, path: Path, allowed: Callable[[int], int]) -> None:
         """``allowed``: how many distinct samples may be damaged after so many samples seen."""
         self.path = path
+        self._lines = Lines(path)
         self.allowed = allowed
         self._known: set[_Sample] = set()
 
@@ -43,8 +45,7 @@ class Quarantine:
         rows = [row for sample, row in new.items() if sample not in self._known]
         self._known |= new.keys()
         if distributed.rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._lines.add(*(json.dumps(row) + "\n" for row in rows))
         if self.count > self.allowed(samples_seen):
             first = ", ".join(f"{row['key']} in {row['shard']} ({row['reason']})" for row in everyone[:3])
             raise UserError(

@@ -1,5 +1,6 @@
 """The run folder: made, recognised, and refused when another config lives in it."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..configs.files import atomic_write_text
 from ..configs.load import load_config, to_yaml
 from .config import PretrainConfig
 
-__all__ = ["open_run", "run_path"]
+__all__ = ["config_hash", "open_run", "run_path"]
 
 # what may change between one start of a run and the next: what the result depends on by rounding at most
 FREE = (
@@ -72,6 +73,12 @@ def open_run(config: PretrainConfig) -> Path:
     return folder
 
 
+def config_hash(config: PretrainConfig) -> str:
+    """sha256 of the settings that a run's result depends on; kept in the manifest of its checkpoints."""
+    fixed = {key: value for key, value in _leaves(_plain(config)) if not _is_free(key)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
 def _plain(config: PretrainConfig) -> Any:
     """The config as plain values, without where data and lists of keys lie: a checkpoint knows the data by
     its content."""
@@ -80,6 +87,15 @@ def _plain(config: PretrainConfig) -> Any:
     places = ("data", "name", "keep", "drop")
     plain["data"]["train"] = [{k: v for k, v in one.items() if k not in places} for one in sources]
     return plain
+
+
+def _leaves(plain: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    if isinstance(plain, dict) and plain:
+        for key, value in plain.items():
+            yield from _leaves(value, f"{where}.{key}" if where else key)
+    else:
+        yield where, plain
 
 
 def _is_free(key: str) -> bool:

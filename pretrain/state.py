@@ -3,15 +3,18 @@
 A checkpoint folder holds ``open_clip_model.safetensors`` and ``open_clip_config.json`` (open_clip loads
 them as ``local-dir:``; with EMA they are the averaged weights and ``train_model.safetensors`` holds the raw
 ones), ``optimizer.safetensors``, ``rng.safetensors`` (every rank's) and ``trainer.json`` (counters, stream
-position, versions). Tensors are whole in it, however many processes hold them, so that a run with DDP goes
-on with FSDP or in one process and the other way round.
+position, versions). Where parameters are sharded, ``part_NNNNN.safetensors`` of each process stand for the
+raw weights and the optimizer (``sharded.py``). A run with DDP goes on with FSDP, on another number of
+processes or in one, and the other way round.
 """
 
-from collections.abc import Generator, Mapping
+import logging
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from open_clip.model import CustomTextCLIP
@@ -23,17 +26,37 @@ from ..data.stream import Stream
 from . import checkpoint, distributed
 from .ema import Ema
 from .model import ContrastiveModel
-from .towers import bundle_text, open_clip_config
-from .weights import CONFIG_NAME, MODEL_NAME
-
-__all__ = ["TrainState"]
-
-RAW_NAME, OPTIMIZER_NAME, RNG_NAME, TRAINER_NAME = (
-    "train_model.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "trainer.json",
+from .sharded import (
+    LAYOUT_NAME,
+    OPTIMIZER_NAME,
+    SavedTensors,
+    file_names,
+    layout,
+    model_specs,
+    own_part,
+    part_name,
+    write_model,
 )
+from .snapshot import Snapshot, Stager
+from .towers import bundle_text, open_clip_config
+from .weights import CONFIG_NAME
+
+__all__ = ["Saved", "TrainState"]
+
+log = logging.getLogger(__name__)
+RNG_NAME, TRAINER_NAME = "rng.safetensors", "trainer.json"
+
+
+class Saved(Protocol):
+    """What brings its own part of a checkpoint, as JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its part."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        ...
 
 
 @dataclass
@@ -48,11 +71,17 @@ class TrainState:
     device: torch.device
     step: int = 0
     samples_seen: int = 0
+    guard: Saved | None = None
 
     @property
     def clip(self) -> CustomTextCLIP:
         """The open_clip model in training."""
         return self.root.clip
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds its part of the parameters alone."""
+        return any(distributed.is_sharded(value) for value in self.clip.parameters())
 
     @contextmanager
     def exported(self) -> Generator[ContrastiveModel | None]:
@@ -62,8 +91,8 @@ class TrainState:
         The model in training itself, with the averaged weights in place if there are any; a full copy of it
         where the parameters are sharded.
         """
-        own = self.clip.state_dict()
-        if any(distributed.is_sharded(value) for value in own.values()):
+        if self.sharded:
+            own = self.clip.state_dict()
             weights = _whole(own if self.ema is None else self.ema.weights())
             twin = None
             if distributed.rank() == 0:
@@ -77,34 +106,38 @@ class TrainState:
         else:
             yield None
 
-    def save(self, run: Path, *, keep: int) -> None:
-        """Write the checkpoint of this step; all ranks call it, rank 0 writes, all wait until it is there.
-
-        Raises UserError on every rank if it cannot be written.
-        """
-        tensors = self._tensors()
-        problem = ""
-        if distributed.rank() == 0:
-            try:
-                self._write(run, tensors, keep)
-            except UserError as error:
-                problem = str(error)
-        if problem := distributed.broadcast_json(problem):
-            raise UserError(problem)
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of every file, whole, on rank 0."""
-        raw = _whole(self.clip.state_dict())
-        tensors = {
-            MODEL_NAME: raw,
-            OPTIMIZER_NAME: _whole(self._optimizer_tensors()),
-            RNG_NAME: self._gather_rng(),
-        }
+    def snapshot(self, stager: Stager) -> Snapshot:
+        """This moment, to be written; all ranks call it. Sharded tensors are not gathered: every rank has its
+        part to write. Else rank 0 has everything."""
+        states = self._gather_rng()
+        kinds: dict[str, Mapping[str, Tensor]] = {"weights": self.clip.state_dict()}
+        kinds["optimizer"] = self._optimizer_tensors()
         if self.ema is not None:
-            tensors |= {MODEL_NAME: _whole(self.ema.weights()), RAW_NAME: raw}
-        return tensors
+            kinds["ema"] = self.ema.weights()
+        first, averaged = distributed.rank() == 0, self.ema is not None
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        combine = None
+        if self.sharded:
+            tensors[part_name(distributed.rank())] = own_part(kinds)
+            combine = partial(write_model, what=model_specs(kinds), averaged=averaged) if first else None
+        elif first:
+            tensors |= {name: kinds[kind] for kind, name in file_names(averaged).items()}
+        staged = {
+            file: {name: stager.take(f"{file}/{name}", value) for name, value in named.items()}
+            for file, named in tensors.items()
+        }
+        return Snapshot(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            tensors=staged | ({RNG_NAME: states} if first else {}),
+            texts=self._texts(layout(kinds) if self.sharded else None) if first else {},
+            write_more=partial(bundle_text, self.clip),
+            combine=combine,
+            settled=stager.settled(),
+        )
 
-    def _write(self, run: Path, tensors: dict[str, dict[str, Tensor]], keep: int) -> None:
+    def _texts(self, layout: dict[str, Any] | None) -> dict[str, str]:
+        """The documents of a checkpoint."""
         trainer = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -113,40 +146,72 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "versions": versions(),
+            "guard": None if self.guard is None else self.guard.state_dict(),
         }
-        checkpoint.save(
-            run,
-            self.step,
-            tensors=tensors,
-            documents={CONFIG_NAME: open_clip_config(self.clip), TRAINER_NAME: trainer},
-            write_more=lambda folder: bundle_text(self.clip, folder),
-            keep=keep,
-        )
+        documents = {CONFIG_NAME: open_clip_config(self.clip), TRAINER_NAME: trainer}
+        documents |= {} if layout is None else {LAYOUT_NAME: layout}
+        return {name: checkpoint.as_text(document) for name, document in documents.items()}
 
-    def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote. Raises UserError if the checkpoint is of another model, optimizer or
-        data set."""
-        trainer = checkpoint.read_document(folder / TRAINER_NAME)
-        if (self.ema is None) != (trainer["ema"] is None):
-            raise UserError(
-                f"optim.ema_decay: {folder} was trained {_with(trainer['ema'])} an average; set it alike"
-            )
-        weights = self._own_share(checkpoint.read_tensors(folder / MODEL_NAME))
-        if self.ema is not None:
-            self.ema.load_state_dict(trainer["ema"], weights)
-            weights = self._own_share(checkpoint.read_tensors(folder / RAW_NAME))
-        self.clip.load_state_dict(weights)
-        self._load_optimizer(checkpoint.read_tensors(folder / OPTIMIZER_NAME), folder)
-        if self.scaler is not None and trainer["scaler"] is not None:
-            self.scaler.load_state_dict(trainer["scaler"])
-        self.stream.load_state_dict(trainer["stream"])
+    def load(self, folder: Path, *, allow_partial: bool = False) -> None:
+        """Take back what a checkpoint holds, in any number of processes; nothing is communicated.
+
+        Raises UserError if it is of another model, optimizer or data set, or if a part is missing, which is
+        named; with ``allow_partial`` that part stays as it is, with a warning.
+        """
+        trainer = self.go_back(folder, allow_partial=allow_partial)
+        if "stream" in trainer:
+            self.stream.load_state_dict(trainer["stream"])
+        if self.guard is not None and trainer.get("guard") is not None:
+            self.guard.load_state_dict(trainer["guard"])
         self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
-        self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
+        if (folder / RNG_NAME).is_file():
+            self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
 
-    def _own_share(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole weights, sharded as the model's are."""
+    def go_back(self, folder: Path, *, allow_partial: bool = False) -> dict[str, Any]:
+        """Take weights, averages, optimizer and scaler of a checkpoint, and leave all else where it is:
+        steps, samples seen, the place in the data, random numbers.
+
+        Returns its trainer.json. Raises UserError as ``load`` does.
+        """
+        trainer = checkpoint.read_document(folder / TRAINER_NAME)
+        averaged = trainer.get("ema") is not None
+        if (self.ema is not None) != averaged:
+            raise UserError(
+                f"optim.ema_decay: {folder} was trained {_with(averaged)} an average; set it alike"
+            )
+        saved = SavedTensors(folder, averaged=averaged)
+        self._refuse_partial(folder, self._missing(trainer, saved, folder), allow_partial)
         own = self.clip.state_dict()
-        return {name: distributed.like(own[name], w) if name in own else w for name, w in weights.items()}
+        if self.ema is not None:
+            self.ema.load_state_dict(trainer["ema"], saved.all_like("ema", own))
+        self.clip.load_state_dict(saved.all_like("weights", own))
+        if "optimizer" in saved.names:
+            self._load_optimizer(saved)
+        if self.scaler is not None and trainer.get("scaler") is not None:
+            self.scaler.load_state_dict(trainer["scaler"])
+        return trainer
+
+    def _missing(self, trainer: Mapping[str, Any], saved: SavedTensors, folder: Path) -> Iterator[str]:
+        """Names of the parts that this run has and the checkpoint has not."""
+        if "optimizer" not in saved.names:
+            yield f"optimizer ({OPTIMIZER_NAME})"
+        if not (folder / RNG_NAME).is_file():
+            yield f"random states ({RNG_NAME})"
+        own = {"stream": self.stream, "scaler": self.scaler, "guard": self.guard}
+        for name, part in own.items():
+            if part is not None and trainer.get(name) is None:
+                yield f"{name} ({TRAINER_NAME})"
+
+    def _refuse_partial(self, folder: Path, parts: Iterable[str], allowed: bool) -> None:
+        if not (missing := ", ".join(parts)):
+            return
+        if not allowed:
+            raise UserError(
+                f"resume.allow_partial: {folder} lacks {missing}; set it to true to go on without, or remove "
+                "the folder to use an older one"
+            )
+        if distributed.rank() == 0:
+            log.warning("%s lacks %s, which begins anew", folder, missing)
 
     def _names(self) -> list[str]:
         """Parameter names in the optimizer's order."""
@@ -158,22 +223,22 @@ class TrainState:
         names = self._names()
         return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
 
-    def _load_optimizer(self, tensors: dict[str, Tensor], folder: Path) -> None:
+    def _load_optimizer(self, saved: SavedTensors) -> None:
         """Moments by parameter name; rates and decays come from the config."""
         state: dict[int, dict[str, Tensor]] = {}
         names = self._names()
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, kind = key.rpartition("/")
-            found.setdefault(name, {})[kind] = value
+        found: dict[str, list[str]] = {}
+        for key in saved.names["optimizer"]:
+            name, _, entry = key.rpartition("/")
+            found.setdefault(name, []).append(entry)
+        if found and found.keys() != set(names):
+            raise UserError(
+                f"{saved.folder}: its optimizer belongs to another model; give this run another out folder"
+            )
         own = dict(self.clip.named_parameters())
         for i, name in enumerate(names):
             if name in found:
-                state[i] = {kind: _like(own[name], value) for kind, value in found[name].items()}
-        if sum(map(len, state.values())) != len(tensors) or (tensors and len(state) != len(names)):
-            raise UserError(
-                f"{folder}: its optimizer belongs to another model; give this run another out folder"
-            )
+                state[i] = {e: saved.like("optimizer", f"{name}/{e}", own[name]) for e in found[name]}
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )
@@ -209,10 +274,5 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """An entry of the optimizer's state, sharded as its parameter is if it has its shape."""
-    return distributed.like(parameter, value) if value.shape == parameter.shape else value
-
-
-def _with(ema: Any) -> str:
-    return "without" if ema is None else "with"
+def _with(averaged: bool) -> str:
+    return "with" if averaged else "without"

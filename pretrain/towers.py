@@ -3,18 +3,16 @@
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from difflib import get_close_matches
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import open_clip
-import timm
+import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from open_clip.utils import to_2tuple
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
@@ -22,6 +20,14 @@ from torch import nn
 from ..configs.errors import UserError
 from ..configs.load import StrictModel
 from . import weights
+from .model_check import (
+    check_model_cfg,
+    check_preprocess_cfg,
+    check_remote_code,
+    check_size,
+    check_timm,
+    nearest,
+)
 
 Triple = tuple[float, float, float]
 
@@ -63,12 +69,6 @@ class ModelConfig(StrictModel):
     resize_mode: Literal["shortest", "longest", "squash"] | None = None
 
 
-def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """A hint for an unknown name: the nearest known ones, or nothing."""
-    found = get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
 def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomTextCLIP:
     """The dual encoder, on the CPU in fp32, with its weights loaded.
 
@@ -77,15 +77,26 @@ def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomText
     """
     source = weights.resolve(config.pretrained, config.arch) if config.pretrained else None
     model_cfg = _model_cfg(config, source)
-    _check(model_cfg)
+    foreign = source is not None and source.model_cfg is not None and config.arch is None
+    beside = f"{source.file.parent / weights.CONFIG_NAME}: " if source and foreign else ""
+    check_model_cfg(model_cfg, f"{beside}model_cfg" if foreign else "model")
+    check_remote_code(model_cfg, source.text_folder if source else None)
+    if source and source.preprocess_cfg:
+        check_preprocess_cfg(source.preprocess_cfg, f"{beside}preprocess_cfg")
     timm_weights = config.pretrained_image == "timm" and load_weights
     try:
+        if source and foreign:
+            with torch.device("meta"):
+                bare = _construct(copy.deepcopy(model_cfg), source, pretrained_image=False)
+            check_size(sum(p.numel() for p in bare.parameters()), source.file)
         model = _construct(model_cfg, source, pretrained_image=timm_weights)
-    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # towers of three libraries fail in many ways
         hint = " (are its weights downloadable from here?)" if timm_weights else ""
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise UserError(f"model: open_clip cannot build it{hint}: {reason}") from error
-    _check_timm(model)
+    check_timm(model)
     preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), (source and source.preprocess_cfg) or {})
     if config.pretrained_image:
         preprocess = merge_preprocess_dict(preprocess, weights.image_preprocess(model.visual))
@@ -168,7 +179,8 @@ def _model_cfg(config: ModelConfig, source: "weights.Source | None") -> dict[str
     if config.embed_dim is not None:
         base["embed_dim"] = config.embed_dim
     for key, given in (("vision_cfg", config.vision_cfg), ("text_cfg", config.text_cfg)):
-        base[key] = {**base.get(key, {}), **given}
+        known = base.get(key, {})
+        base[key] = {**known, **given} if isinstance(known, dict) else known  # which is then refused
     if config.quick_gelu is not None:
         base["quick_gelu"] = config.quick_gelu
     elif source is not None and source.quick_gelu is not None:
@@ -178,32 +190,6 @@ def _model_cfg(config: ModelConfig, source: "weights.Source | None") -> dict[str
         base["init_logit_bias"] = config.init_logit_bias
     base["custom_text"] = True
     return base
-
-
-def _check(model_cfg: dict[str, Any]) -> None:
-    """Raise UserError for what open_clip would report badly."""
-    if "multimodal_cfg" in model_cfg:
-        raise UserError(
-            "model: CoCa's caption decoder is not trained here; choose an arch without multimodal_cfg"
-        )
-    for key, cls in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        known = [f.name for f in fields(cls)]
-        for name in model_cfg[key]:
-            if name not in known:
-                raise UserError(f"model.{key}.{name}: open_clip has no such key{nearest(name, known)}")
-    timm_name = model_cfg["vision_cfg"].get("timm_model_name")
-    if timm_name and ":" not in timm_name and not timm.is_model(timm_name):
-        hint = nearest(timm_name, timm.list_models())
-        raise UserError(f"model.vision_cfg.timm_model_name: timm has no model named '{timm_name}'{hint}")
-    text = {**asdict(CLIPTextCfg()), **model_cfg["text_cfg"]}
-    if not text["hf_model_name"] and text["width"] % text["heads"]:
-        raise UserError(f"model.text_cfg.width: {text['width']} is no multiple of heads {text['heads']}")
-    vision = {**asdict(CLIPVisionCfg()), **model_cfg["vision_cfg"]}
-    if not timm_name and isinstance(vision["layers"], int) and vision["width"] % vision["head_width"]:
-        raise UserError(
-            f"model.vision_cfg.width: {vision['width']} is no multiple of head_width {vision['head_width']}; "
-            "set head_width"
-        )
 
 
 def _construct(
@@ -226,24 +212,3 @@ def _construct(
                 cfg["text_cfg"]["hf_model_name"] = str(source.text_folder)
     cfg["vision_cfg"], cfg["text_cfg"] = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
     return CustomTextCLIP(**cfg)
-
-
-def _check_timm(model: CustomTextCLIP) -> None:
-    """What open_clip's timm adapter gets wrong: image sizes that it does not pass on, and trunks with a wider
-    head."""
-    trunk = getattr(model.visual, "trunk", None)
-    built: Any = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-    size = cast(Any, to_2tuple(model.visual.image_size))
-    if built is not None and tuple(built) != tuple(size):
-        raise UserError(
-            f"model.vision_cfg.image_size: this timm model takes {built[0]} pixels, not "
-            f"{size[0]}; choose another timm model, or spell out "
-            "layers, width and patch_size for open_clip's own ViT"
-        )
-    proj = getattr(getattr(model.visual, "head", None), "proj", None)
-    out = getattr(trunk, "head_hidden_size", None)
-    if isinstance(proj, nn.Linear) and out is not None and out != proj.in_features:
-        raise UserError(
-            "model.vision_cfg.timm_proj: open_clip's linear projection does not fit this timm model's head "
-            f"({proj.in_features} against {out} features); set timm_proj: '' to project with its classifier"
-        )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..configs.errors import UserError
-from ..configs.files import atomic_write_bytes, atomic_write_text
+from ..configs.files import Lines, atomic_write_bytes, atomic_write_text
 from ..configs.load import StrictModel
 
 __all__ = ["Tracker", "TrackingConfig", "cut_metrics", "read_metrics", "track_evaluation"]
@@ -57,13 +57,13 @@ class Tracker:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = Lines(self.path)
+        self._lines.add()
         self._wandb = None if config.wandb == "off" else _start_wandb(folder, config, run_config)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row. It must hold ``kind`` and ``step``; ``samples_seen`` is W&B's axis where given."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps(row) + "\n")
         if self._wandb is not None:
             kind = row["kind"]
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
@@ -72,7 +72,7 @@ class Tracker:
 
     def finish(self, exit_code: int = 0) -> None:
         """Close everything; may be called twice."""
-        self._file.close()
+        self._lines.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
             self._wandb = None

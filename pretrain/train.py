@@ -2,7 +2,7 @@
 
 Every process builds the same model, takes its rows of each global batch from the stream and joins the loss
 over the global batch. One small all-reduce a step carries what all must know: damaged samples, a request to
-stop, a failure.
+stop, a failure, the end of a save.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,8 @@ class _Run(RunParts):
         config, state = self.config, self.state
         if self.show is not None:
             self.show.start(self._facts())
-        saved, stopping = state.step, False
+        self.saver.tell = partial(self._log, "checkpoint")
+        stopping = False
         precision = config.train.precision
         clock = Clock(
             state.samples_seen,
@@ -139,12 +140,13 @@ class _Run(RunParts):
             if self._validation_due(stopping):
                 with clock.paused():
                     self._validate()
-            if state.step % config.checkpoint.every_steps == 0 or last:
+            if self.saver.due(state.step):
                 with clock.paused():
                     self.guard.check(config.optim.lr)
-                    state.save(self.folder, keep=config.checkpoint.keep)
-                saved = state.step
-        assert saved == state.step
+                    self.saver.save()
+        self.guard.check(config.optim.lr)
+        self.watch.be_patient()
+        self.saver.finish()
         return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
 
     def _enter_step(self) -> float:
@@ -180,14 +182,15 @@ class _Run(RunParts):
         except UserError as error:
             problem = str(error)
         bad = batch.get("bad", [])
-        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem))])
-        damaged, asked, failed = distributed.all_reduce_sum(flags).tolist()
+        flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem)), *self.saver.flags()])
+        damaged, asked, failed, *saving = distributed.all_reduce_sum(flags).tolist()
         if failed:
             problems = distributed.gather_json(problem)
             raise UserError(next(text for text in problems if text))
         if damaged:
             seen = self.state.samples_seen + self.batch_size
             self.quarantine.add(bad, step=self.state.step + 1, samples_seen=seen)
+        self.saver.heed(*saving)
         return batch, asked > 0
 
     def _validation_due(self, stopping: bool) -> bool:
@@ -209,6 +212,7 @@ class _Run(RunParts):
                 self.device,
                 max_images=self.config.evaluate.max_images,
             )
+        self.saver.scored(scores)
         self._log("eval", dict(scores))
 
     def _log(self, kind: str, row: dict[str, Any]) -> None:

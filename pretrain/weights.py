@@ -3,7 +3,6 @@
 Nothing here unpickles objects: .safetensors, or torch files read with ``weights_only=True``.
 """
 
-import json
 import logging
 import pickle
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from open_clip.factory import load_checkpoint, load_state_dict
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from torch import Tensor, nn
 
+from ..configs.documents import read_document
 from ..configs.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -121,11 +121,8 @@ def _from_folder(folder: Path) -> Source:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
+    config = read_document(path)
+    if not isinstance(config.get("model_cfg"), dict):
         raise UserError(f"{path} is not an open_clip config: it has no model_cfg")
     return config
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -129,3 +130,10 @@ def test_an_epoch_through_workers_has_every_chosen_sample_once(
         seen = ids(global_batches([stream], stream.steps_per_epoch))
         rest = [chosen[i] for i in order.rest(0)]
         assert sorted([*seen.tolist(), *rest]) == chosen
+
+
+def test_workers_take_none_of_the_runs_random_numbers(pool: Path) -> None:
+    before = torch.get_rng_state()
+    with stream_of(pool / "7", workers=1) as stream:
+        next(stream)
+    assert torch.get_rng_state().equal(before)

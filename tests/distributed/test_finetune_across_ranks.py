@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diptych.finetune import encoding, features
-from diptych.finetune.adapt import LiveRows, Part, fit
-from diptych.finetune.cells import Picture, PictureReader
-from diptych.finetune.class_contrast import ClassContrast, ClassTexts
+from diptych.finetune.adapt.class_contrast import ClassContrast, ClassTexts
+from diptych.finetune.adapt.encoders import encoder_groups, open_encoders, parameter_groups
+from diptych.finetune.adapt.fit import LiveRows, Part, fit
+from diptych.finetune.adapt.training import Training
 from diptych.finetune.config import AdaptConfig, HeadConfig, ModalityConfig, StoppingConfig
-from diptych.finetune.encoders import encoder_groups, open_encoders, parameter_groups
-from diptych.finetune.features import extract
-from diptych.finetune.fusion import build_head
-from diptych.finetune.live import encode_rows
-from diptych.finetune.manifest import Rows
-from diptych.finetune.tasks import Task
-from diptych.finetune.training import Training
+from diptych.finetune.encoders import encoding, features
+from diptych.finetune.encoders.features import extract
+from diptych.finetune.encoders.live import encode_rows
+from diptych.finetune.fusion.operators import build_head
+from diptych.finetune.tables.cells import Picture, PictureReader
+from diptych.finetune.tables.manifest import Rows
+from diptych.finetune.tasks.task import Task
 from diptych.pretrain import distributed
 from diptych.pretrain.model import load_model
 

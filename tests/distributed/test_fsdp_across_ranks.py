@@ -19,6 +19,8 @@ from diptych.pretrain.gradcache import forward_backward
 from diptych.pretrain.locking import LockConfig, lock
 from diptych.pretrain.model import ContrastiveModel, ModelConfig, build_model, clamp_logit_scale
 from diptych.pretrain.optim import OptimConfig, build_optimizer, clip_gradients
+from diptych.pretrain.retention import CheckpointConfig
+from diptych.pretrain.saver import Saver
 from diptych.pretrain.state import TrainState
 
 from .pairs_of_ranks import SIZE, global_batch
@@ -112,7 +114,9 @@ def job(
         trainer.state.load(Path(folder) / "checkpoints" / "step_00000002")
     elif folder:
         trainer.steps(2)
-        trainer.state.save(Path(folder), keep=1)
+        saver = Saver(Path(folder), trainer.state, CheckpointConfig())
+        saver.save()
+        saver.wait()
     trainer.steps(STEPS)
     return trainer.result()
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diptych.finetune.adapt import Fitted, LiveRows, Part, fit
-from diptych.finetune.cells import Picture
+from diptych.finetune.adapt.fit import Fitted, LiveRows, Part, fit
+from diptych.finetune.adapt.training import Keeper
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
-from diptych.finetune.live import encode_rows
-from diptych.finetune.tasks import Task
-from diptych.finetune.training import Keeper
+from diptych.finetune.encoders.live import encode_rows
+from diptych.finetune.tables.cells import Picture
+from diptych.finetune.tasks.task import Task
 from diptych.pretrain.model import LoadedModel
 
 from .labelled import live_rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.finetune.tasks import Ints
+from diptych.finetune.tasks.task import Ints
 
 from .labelled import match_rows, write_config, write_csv, write_task
 from .runs import finetune, timeless

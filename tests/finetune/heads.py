@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.finetune.adapt import Part, fit, logits_of
+from diptych.finetune.adapt.fit import Part, fit, logits_of
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.fusion import Head, build_head
-from diptych.finetune.joint import Joint
-from diptych.finetune.tasks import Task, metric_value
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.fusion.joint import Joint
+from diptych.finetune.fusion.operators import Head, build_head
+from diptych.finetune.tasks.task import Task, metric_value
 
 from .labelled import xor_rows
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.finetune.adapt import Part
-from diptych.finetune.cells import Picture, PictureReader
+from diptych.finetune.adapt.fit import Part
 from diptych.finetune.config import ModalityConfig
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.live import LiveRows
-from diptych.finetune.manifest import Rows
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.encoders.live import LiveRows
+from diptych.finetune.tables.cells import Picture, PictureReader
+from diptych.finetune.tables.manifest import Rows
 from diptych.pretrain.model import LoadedModel
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.finetune import adapt as module
-from diptych.finetune.adapt import LiveRows, Part, fit, logits_of
-from diptych.finetune.cells import Picture
+from diptych.finetune.adapt import fit as module
+from diptych.finetune.adapt.fit import LiveRows, Part, fit, logits_of
+from diptych.finetune.adapt.training import Training
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.tasks import Task
-from diptych.finetune.training import Training
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.tables.cells import Picture
+from diptych.finetune.tasks.task import Task
 from diptych.pretrain.model import LoadedModel, load_model
 
 from .labelled import live_rows, squares, xor_rows

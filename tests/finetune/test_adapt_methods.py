@@ -12,18 +12,18 @@ from torch.nn import functional as F
 
 from diptych.configs.errors import UserError
 from diptych.data.text import tokenizer_for
-from diptych.finetune.adapt import Fitted, logits_of
-from diptych.finetune.class_contrast import ClassContrast, ClassTexts
-from diptych.finetune.config import AdaptConfig, FinetuneConfig, StoppingConfig
-from diptych.finetune.encoders import (
+from diptych.finetune.adapt.class_contrast import ClassContrast, ClassTexts
+from diptych.finetune.adapt.encoders import (
     check_methods,
     class_texts,
     encoder_groups,
     norms_and_biases,
     open_encoders,
 )
-from diptych.finetune.retention import mean_retention, retention
-from diptych.finetune.tasks import Task, metric_value
+from diptych.finetune.adapt.fit import Fitted, logits_of
+from diptych.finetune.adapt.retention import mean_retention, retention
+from diptych.finetune.config import AdaptConfig, FinetuneConfig, StoppingConfig
+from diptych.finetune.tasks.task import Task, metric_value
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model, load_model, open_clip_config
 
 from .corners import PROMPTS, TASK, checkpoint, corners, frozen, train

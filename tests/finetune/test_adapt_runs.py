@@ -15,7 +15,7 @@ from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
 from diptych.finetune.config import AdaptConfig, FinetuneConfig
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.tasks import log_loss
+from diptych.finetune.tasks.task import log_loss
 
 from .labelled import match_rows, write_config, write_csv, write_task
 from .runs import contents, finetune, permute_test_labels

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from diptych.configs.errors import UserError
-from diptych.finetune.adapt import Part, fit, logits_of
-from diptych.finetune.cells import PictureFolder
-from diptych.finetune.columns import TabularState, column_features, fit_columns, read_states
+from diptych.finetune.adapt.fit import Part, fit, logits_of
 from diptych.finetune.config import (
     AdaptConfig,
     HeadConfig,
@@ -22,9 +20,11 @@ from diptych.finetune.config import (
     ModalityConfig,
     StoppingConfig,
 )
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.manifest import Rows, parse_rows
-from diptych.finetune.tasks import Task, metric_value
+from diptych.finetune.encoders.columns import TabularState, column_features, fit_columns, read_states
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.tables.cells import PictureFolder
+from diptych.finetune.tables.manifest import Rows, parse_rows
+from diptych.finetune.tasks.task import Task, metric_value
 
 TABULAR = ModalityConfig(numeric=("price", "stars"), categorical=("brand",))
 BINARY = Task("binary", ("0", "1"))

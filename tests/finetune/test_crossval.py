@@ -16,13 +16,14 @@ import pytest
 
 from diptych.cli.main import main
 from diptych.configs.load import load_config
-from diptych.finetune import checks, crossval, scoring, session
+from diptych.finetune import crossval, scoring, session
 from diptych.finetune.config import FinetuneConfig
-from diptych.finetune.features import silent
-from diptych.finetune.manifest import Rows, Splits
+from diptych.finetune.encoders.features import silent
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
-from diptych.finetune.tasks import Ints
+from diptych.finetune.report.page import write_report
+from diptych.finetune.splits import checks
+from diptych.finetune.tables.manifest import Rows, Splits
+from diptych.finetune.tasks.task import Ints
 
 from .fold_runs import CV, HEADS, KILLED, NAMES, make_run, permuted, pieces
 from .labelled import match_rows, write_config, write_csv, write_task

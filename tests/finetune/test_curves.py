@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from diptych.finetune.curves import pr_points, roc_points, stepped, thinned
-from diptych.finetune.tasks import Task
+from diptych.finetune.report.points import pr_points, roc_points, stepped, thinned
+from diptych.finetune.tasks.task import Task
 
 ROWS = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40).filter(
     lambda rows: len({positive for positive, _ in rows}) == 2

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
-from diptych.finetune.explain import coalitions, explained_class, shapley, values_of
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.fusion import Gated
-from diptych.finetune.ordinal import Ordinal
+from diptych.finetune.adapt.presence import has_weights, logits_under, weights_of
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.explain.shapley import coalitions, explained_class, shapley, values_of
+from diptych.finetune.fusion.operators import Gated
+from diptych.finetune.fusion.ordinal import Ordinal
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.presence import has_weights, logits_under, weights_of
-from diptych.finetune.tasks import Task
+from diptych.finetune.tasks.task import Task
 
 from .heads import ALL, CASES, IDS, all_there, inputs, make
 from .labelled import squares, write_config, write_task

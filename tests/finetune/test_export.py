@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.data.text import Tokenizer, build_tokenizer
-from diptych.finetune import export as exports
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.export import NOTE, export
-from diptych.finetune.export_hf import differences, hf_config, hf_state, random_ids, unsupported, write_hf
-from diptych.finetune.export_program import PROGRAM, inputs_of, write_program
-from diptych.finetune.fusion import build_head
+from diptych.finetune.export import formats as exports
+from diptych.finetune.export.formats import NOTE, export
+from diptych.finetune.export.hf import differences, hf_config, hf_state, random_ids, unsupported, write_hf
+from diptych.finetune.export.program import PROGRAM, inputs_of, write_program
+from diptych.finetune.fusion.operators import build_head
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.saved import SavedHead, write_encoder
-from diptych.finetune.tasks import Task
+from diptych.finetune.runs.saved import SavedHead, write_encoder
+from diptych.finetune.tasks.task import Task
 from diptych.pretrain import checkpoint
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model, load_model
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.data.text import build_tokenizer
-from diptych.finetune import export as exports
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.export import NOTE, export
-from diptych.finetune.export_onnx import GRAPH, OPSET, OUTPUT, open_session, quiet, write_onnx
-from diptych.finetune.export_program import inputs_of
-from diptych.finetune.fusion import Head, build_head
+from diptych.finetune.export import formats as exports
+from diptych.finetune.export.formats import NOTE, export
+from diptych.finetune.export.onnx import GRAPH, OPSET, OUTPUT, open_session, quiet, write_onnx
+from diptych.finetune.export.program import inputs_of
+from diptych.finetune.fusion.operators import Head, build_head
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.saved import SavedHead, write_encoder
-from diptych.finetune.tasks import Task
+from diptych.finetune.runs.saved import SavedHead, write_encoder
+from diptych.finetune.tasks.task import Task
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model, load_model
 
 from .heads import ALL, inputs

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from diptych.configs.files import cache_dir
-from diptych.finetune import features as module
-from diptych.finetune.cells import PictureFolder
 from diptych.finetune.config import LabelledDataConfig
-from diptych.finetune.features import encoder_fingerprint, extract
-from diptych.finetune.manifest import Rows, parse_rows
+from diptych.finetune.encoders import features as module
+from diptych.finetune.encoders.features import encoder_fingerprint, extract
+from diptych.finetune.tables.cells import PictureFolder
+from diptych.finetune.tables.manifest import Rows, parse_rows
 from diptych.pretrain.model import LoadedModel, load_model
 
 from .labelled import squares

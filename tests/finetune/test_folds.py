@@ -22,11 +22,11 @@ from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
 from diptych.finetune import session
 from diptych.finetune.config import CvConfig, FinetuneConfig, ModalityConfig
-from diptych.finetune.features import silent
-from diptych.finetune.folds import deal, inner_split, make_folds, strata_of
-from diptych.finetune.manifest import Rows
+from diptych.finetune.encoders.features import silent
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
+from diptych.finetune.splits.folds import deal, inner_split, make_folds, strata_of
+from diptych.finetune.tables.manifest import Rows
 from diptych.pretrain.statistics import bootstrap_means
 
 from .fold_runs import NAMES, make_run

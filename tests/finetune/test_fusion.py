@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diptych.configs.errors import UserError
 from diptych.finetune.config import OPTIONS, HeadConfig
-from diptych.finetune.fusion import Head, Standard, build_head, check_heads
+from diptych.finetune.fusion.operators import Head, Standard, build_head, check_heads
 
 from .heads import ALL, CASES, IDS, TASKS, THREE, TOKENS, TWO, D, all_there, inputs, make, new
 

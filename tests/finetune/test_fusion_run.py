@@ -113,7 +113,7 @@ def test_heads_that_cannot_be_end_with_one_sentence(
 def test_a_full_bilinear_map_that_is_absurd_is_refused_before_anything_is_trained(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diptych.finetune.fusion.MOST_WEIGHTS", 10)
+    monkeypatch.setattr("diptych.finetune.fusion.operators.MOST_WEIGHTS", 10)
     before = sorted((made / "run" / "heads").rglob("*"))
     assert main(["finetune", str(made / "finetune.yaml"), "heads={x: {op: bilinear, rank: full}}"]) == 2
     error = capsys.readouterr().err

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diptych.finetune.adapt import Part
-from diptych.finetune.features import FeatureRows
+from diptych.finetune.adapt.fit import Part
+from diptych.finetune.encoders.features import FeatureRows
 
 from .heads import ALL, LATE, SINGLES, accuracy, evidence, learned, parity
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from diptych.configs.errors import UserError
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.fusion import build_head, check_heads
-from diptych.finetune.joint import start_joint
-from diptych.finetune.ordinal import Ordinal
-from diptych.finetune.tasks import Task
+from diptych.finetune.fusion.joint import start_joint
+from diptych.finetune.fusion.operators import build_head, check_heads
+from diptych.finetune.fusion.ordinal import Ordinal
+from diptych.finetune.tasks.task import Task
 
 from .heads import ALL
 from .test_joint import VIT, features, loaded

@@ -11,10 +11,10 @@ import pytest
 
 from diptych.cli.main import main
 from diptych.configs.load import load_config
-from diptych.finetune import checks
 from diptych.finetune.config import FinetuneConfig
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
+from diptych.finetune.splits import checks
 
 from .labelled import match_rows, write_config, write_csv, write_task
 from .runs import contents, finetune, permute_test_labels, timeless

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diptych.finetune.adapt import Fitted, LiveRows, Part, fit, logits_of, soup
+from diptych.finetune.adapt.fit import Fitted, LiveRows, Part, fit, logits_of, soup
+from diptych.finetune.adapt.interpolate import between, greedy, mean_state
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
-from diptych.finetune.interpolate import between, greedy, mean_state
-from diptych.finetune.tasks import calibrate, metric_value
+from diptych.finetune.tasks.task import calibrate, metric_value
 from diptych.pretrain.model import LoadedModel, load_model
 
 from .corners import TASK, checkpoint, corners, frozen, train

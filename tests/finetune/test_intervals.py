@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from diptych.finetune.intervals import paired_intervals
-from diptych.finetune.tasks import Floats, Ints, predicted
+from diptych.finetune.scores.intervals import paired_intervals
+from diptych.finetune.tasks.task import Floats, Ints, predicted
 from diptych.pretrain.statistics import bootstrap_means, bootstrap_metric
 
 N = 120

@@ -9,9 +9,9 @@ from torch import nn
 from diptych.configs.errors import UserError
 from diptych.data.text import tokenizer_for
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.fusion import build_head
-from diptych.finetune.joint import Joint, check_joint, start_joint
-from diptych.finetune.tokens import image_inputs, text_inputs
+from diptych.finetune.encoders.tokens import image_inputs, text_inputs
+from diptych.finetune.fusion.joint import Joint, check_joint, start_joint
+from diptych.finetune.fusion.operators import build_head
 from diptych.pretrain.config import ModelConfig
 from diptych.pretrain.model import LoadedModel, build_model, open_clip_config
 

@@ -11,12 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from torch import Tensor
 
-from diptych.finetune.adapt import Part
+from diptych.finetune.adapt.fit import Part
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.fusion import Late, build_head
-from diptych.finetune.late import FOLDS, Stacking, fold_of
-from diptych.finetune.tasks import Task
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.fusion.late import FOLDS, Stacking, fold_of
+from diptych.finetune.fusion.operators import Late, build_head
+from diptych.finetune.tasks.task import Task
 
 from .heads import BINARY, LATE, TASKS, THREE, accuracy, all_there, inputs, learned, make
 

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.configs.errors import UserError
-from diptych.finetune.cells import PictureFolder
+from diptych.finetune.adapt.matching import MatchTraining, derangements, with_negatives
 from diptych.finetune.config import FinetuneConfig, LabelledDataConfig, ModalityConfig, TaskConfig
-from diptych.finetune.features import FeatureRows
-from diptych.finetune.fusion import build_head
-from diptych.finetune.head_config import HeadConfig
-from diptych.finetune.links import KEY, PICTURE, TEXT, components, linked
-from diptych.finetune.manifest import Rows, Splits, parse_rows
-from diptych.finetune.matching import MatchTraining, derangements, with_negatives
-from diptych.finetune.tasks import Task
-from diptych.finetune.vectors import pair_loss
+from diptych.finetune.config.head import HeadConfig
+from diptych.finetune.encoders.features import FeatureRows
+from diptych.finetune.fusion.operators import build_head
+from diptych.finetune.tables.cells import PictureFolder
+from diptych.finetune.tables.links import KEY, PICTURE, TEXT, components, linked
+from diptych.finetune.tables.manifest import Rows, Splits, parse_rows
+from diptych.finetune.tasks.task import Task
+from diptych.finetune.tasks.vectors import pair_loss
 
 
 def brute_components(columns: Any) -> list[int]:

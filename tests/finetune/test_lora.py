@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diptych.configs.errors import UserError
-from diptych.finetune.lora import LowRank, add_lora, lora_weights, merge_lora
-from diptych.finetune.saved import write_encoder
+from diptych.finetune.adapt.lora import LowRank, add_lora, lora_weights, merge_lora
+from diptych.finetune.runs.saved import write_encoder
 from diptych.pretrain.lean_timm import lean_last_block
 from diptych.pretrain.lean_vision import encode_image
 from diptych.pretrain.model import ContrastiveModel, LoadedModel, ModelConfig, build_model, load_model

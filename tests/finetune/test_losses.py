@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.configs.errors import UserError
-from diptych.finetune.adapt import Part, fit
+from diptych.finetune.adapt.fit import Part, fit
+from diptych.finetune.adapt.training import Training
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
-from diptych.finetune.fusion import build_head
-from diptych.finetune.ordinal import Ordinal
-from diptych.finetune.tasks import Task, calibrate
-from diptych.finetune.training import Training
+from diptych.finetune.fusion.operators import build_head
+from diptych.finetune.fusion.ordinal import Ordinal
+from diptych.finetune.tasks.task import Task, calibrate
 
 from .labelled import everywhere, xor_rows
 

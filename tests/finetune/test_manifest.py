@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from diptych.configs.errors import UserError
-from diptych.finetune.cells import BrokenPicture, Picture, PictureFolder, PictureReader
 from diptych.finetune.config import CvConfig, LabelledDataConfig, ModalityConfig, TaskConfig
-from diptych.finetune.folds import make_folds
-from diptych.finetune.intervals import paired_intervals
-from diptych.finetune.manifest import parse_rows, read_columns, read_rows, split_rows
-from diptych.finetune.targets import encode_targets
+from diptych.finetune.scores.intervals import paired_intervals
+from diptych.finetune.splits.folds import make_folds
+from diptych.finetune.tables.cells import BrokenPicture, Picture, PictureFolder, PictureReader
+from diptych.finetune.tables.manifest import parse_rows, read_columns, read_rows, split_rows
+from diptych.finetune.tasks.targets import encode_targets
 from diptych.pretrain.statistics import bootstrap_means
 
 from .labelled import squares, write_csv

@@ -11,7 +11,7 @@ import sklearn.metrics as sk
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
 
 from .labelled import write_csv
 from .pair_runs import COLUMNS, pair_rows, run_pairs, write_pairs

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from diptych.finetune.intervals import paired_intervals
-from diptych.finetune.tasks import BINS, Task
+from diptych.finetune.scores.intervals import paired_intervals
+from diptych.finetune.tasks.task import BINS, Task
 
 LABELS = Task("multilabel", ("a", "b", "c", "d"))
 ORDERED = Task("ordinal", ("low", "mid", "high", "top"))

@@ -17,7 +17,7 @@ from diptych.cli.finetune import print_results
 from diptych.cli.main import main
 from diptych.finetune.missing import RATES, Scenario, scenarios
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
 
 from .labelled import match_rows, write_config, write_csv, write_task
 

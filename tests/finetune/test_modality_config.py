@@ -8,10 +8,10 @@ import torch
 
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config, to_yaml
+from diptych.finetune.adapt.training import Training
 from diptych.finetune.config import AdaptConfig, FinetuneConfig, HeadConfig, StoppingConfig
-from diptych.finetune.fusion import build_head
-from diptych.finetune.tasks import Task
-from diptych.finetune.training import Training
+from diptych.finetune.fusion.operators import build_head
+from diptych.finetune.tasks.task import Task
 
 from .modal import CONFIG, MODALITIES
 

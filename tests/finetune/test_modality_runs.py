@@ -11,11 +11,11 @@ import torch
 
 from diptych.cli.main import main
 from diptych.configs.load import load_config
-from diptych.finetune.columns import fit_columns
 from diptych.finetune.config import FinetuneConfig
-from diptych.finetune.manifest import Rows, read_rows
+from diptych.finetune.encoders.columns import fit_columns
 from diptych.finetune.predictor import Predictor
 from diptych.finetune.session import data_config, plan
+from diptych.finetune.tables.manifest import Rows, read_rows
 
 from .modal import modal_rows, write_modal, write_modal_task
 from .runs import contents, finetune

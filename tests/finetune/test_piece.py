@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from diptych.finetune.adapt import Fitted, fit
+from diptych.finetune.adapt.fit import Fitted, fit
+from diptych.finetune.adapt.training import Keeper, Tensors
 from diptych.finetune.config import AdaptConfig, HeadConfig, StoppingConfig
-from diptych.finetune.piece import Piece
-from diptych.finetune.training import Keeper, Tensors
+from diptych.finetune.runs.piece import Piece
 from diptych.pretrain.checkpoint import newest_checkpoint
 from diptych.pretrain.model import load_model
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.configs.errors import UserError
-from diptych.finetune.cells import PictureFolder, PictureReader
+from diptych.finetune.adapt.presence import has_weights, weights_of
 from diptych.finetune.config import HeadConfig, LabelledDataConfig, ModalityConfig
-from diptych.finetune.features import FeatureRows, extract
-from diptych.finetune.fusion import Head, build_head
-from diptych.finetune.live import LiveRows
-from diptych.finetune.manifest import Rows, parse_rows
-from diptych.finetune.pooling import Attend, Pooled, mean_pool
-from diptych.finetune.presence import has_weights, weights_of
+from diptych.finetune.encoders.features import FeatureRows, extract
+from diptych.finetune.encoders.live import LiveRows
+from diptych.finetune.fusion.operators import Head, build_head
+from diptych.finetune.fusion.pooling import Attend, Pooled, mean_pool
+from diptych.finetune.tables.cells import PictureFolder, PictureReader
+from diptych.finetune.tables.manifest import Rows, parse_rows
 from diptych.pretrain.model import LoadedModel, load_model
 
 from .heads import ALL, all_there, inputs

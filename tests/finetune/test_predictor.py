@@ -17,8 +17,8 @@ from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.finetune.answers import answer_table
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.saved import open_encoder
-from diptych.finetune.tables import open_table
+from diptych.finetune.runs.saved import open_encoder
+from diptych.finetune.tables.files import open_table
 
 from .labelled import COLUMNS, match_rows, squares, write_config, write_csv, write_task
 

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from diptych.data.text import build_tokenizer
-from diptych.finetune.cells import Picture
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.fusion import build_head
-from diptych.finetune.manifest import Rows
-from diptych.finetune.modality_config import ModalityConfig
+from diptych.finetune.config.modality import ModalityConfig
+from diptych.finetune.explain.relevance import Member, Relevance, relevance_of
+from diptych.finetune.fusion.operators import build_head
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.relevance import Member, Relevance, relevance_of
-from diptych.finetune.saved import SavedHead, write_encoder
-from diptych.finetune.tasks import Task
+from diptych.finetune.runs.saved import SavedHead, write_encoder
+from diptych.finetune.tables.cells import Picture
+from diptych.finetune.tables.manifest import Rows
+from diptych.finetune.tasks.task import Task
 from diptych.pretrain.model import LoadedModel, ModelConfig, build_model
 
 SIDE, PATCH = 32, 8

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from diptych.configs.errors import UserError
-from diptych.finetune.report import newest_runs, write_report
-from diptych.finetune.report_charts import Series, interval_bar, line_chart, nice_ticks, short_number
-from diptych.finetune.report_folds import fold_section, gain_tile
-from diptych.finetune.results import headline
+from diptych.finetune.report.charts import Series, interval_bar, line_chart, nice_ticks, short_number
+from diptych.finetune.report.folds import fold_section, gain_tile
+from diptych.finetune.report.page import newest_runs, write_report
+from diptych.finetune.scores.results import headline
 from diptych.finetune.scoring import fusion_gain
 
 from .report_runs import make_finetune, make_pretrain

@@ -12,19 +12,19 @@ import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from diptych.cli.main import main
-from diptych.finetune.cells import Picture
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.fusion import build_head
-from diptych.finetune.manifest import Rows
-from diptych.finetune.modality_config import ModalityConfig
-from diptych.finetune.report import write_report
-from diptych.finetune.report_curves import confusion_section, curve_section, residual_section
-from diptych.finetune.report_errors import mistakes
-from diptych.finetune.report_predictions import Predictions, Unreadable, read_predictions
-from diptych.finetune.report_weights import weight_section
-from diptych.finetune.results import write_predictions
-from diptych.finetune.saved import save_head
-from diptych.finetune.tasks import Task, TaskType
+from diptych.finetune.config.modality import ModalityConfig
+from diptych.finetune.fusion.operators import build_head
+from diptych.finetune.report.curves import confusion_section, curve_section, residual_section
+from diptych.finetune.report.errors import mistakes
+from diptych.finetune.report.page import write_report
+from diptych.finetune.report.predictions import Predictions, Unreadable, read_predictions
+from diptych.finetune.report.weights import weight_section
+from diptych.finetune.runs.saved import save_head
+from diptych.finetune.scores.results import write_predictions
+from diptych.finetune.tables.cells import Picture
+from diptych.finetune.tables.manifest import Rows
+from diptych.finetune.tasks.task import Task, TaskType
 
 from .labelled import match_rows, squares, write_config, write_csv
 from .test_report import Page

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.finetune.intervals import paired_intervals
-from diptych.finetune.retrieval_metrics import KS, RETRIEVAL, WAYS, chances, galleries
-from diptych.finetune.tasks import Task
+from diptych.finetune.scores.intervals import paired_intervals
+from diptych.finetune.tasks.retrieval_metrics import KS, RETRIEVAL, WAYS, chances, galleries
+from diptych.finetune.tasks.task import Task
 
 TASK = Task("retrieval", ())
 

@@ -16,7 +16,7 @@ from PIL import Image
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
 
 from .pair_runs import COLUMNS, pair_rows, run_pairs, write_pairs
 from .runs import contents, stop_at, timeless

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diptych.finetune.config import HeadConfig
-from diptych.finetune.fusion import build_head
-from diptych.finetune.rollout import Attended, evidence, head_starts, unrolled
+from diptych.finetune.explain.rollout import Attended, evidence, head_starts, unrolled
+from diptych.finetune.fusion.operators import build_head
 
 B, N, W, H = 2, 5, 8, 2
 

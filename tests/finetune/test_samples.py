@@ -14,10 +14,10 @@ from torchvision.datasets import ImageFolder
 
 from diptych.configs.errors import UserError
 from diptych.data.foreign import index_folder
-from diptych.finetune.cells import BrokenPicture, Picture, PictureReader
 from diptych.finetune.config import LabelledDataConfig, TaskConfig
-from diptych.finetune.manifest import read_rows
-from diptych.finetune.sources import open_source, read_source
+from diptych.finetune.tables.cells import BrokenPicture, Picture, PictureReader
+from diptych.finetune.tables.manifest import read_rows
+from diptych.finetune.tables.sources import open_source, read_source
 
 WEBDATASET = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"

@@ -18,9 +18,9 @@ from diptych.cli.main import main
 from diptych.configs.load import load_config
 from diptych.finetune import heads, session
 from diptych.finetune.config import FinetuneConfig
-from diptych.finetune.features import silent
+from diptych.finetune.encoders.features import silent
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
 
 from .fold_runs import HEADS, KILLED, NAMES, permuted, pieces
 from .labelled import write_config, write_csv, write_task

@@ -13,10 +13,10 @@ from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
 from diptych.finetune import search
-from diptych.finetune.adapt import fit
+from diptych.finetune.adapt.fit import fit
+from diptych.finetune.adapt.training import inner_score
 from diptych.finetune.config import OPTIONS, AdaptConfig, FinetuneConfig, HeadConfig
-from diptych.finetune.features import silent
-from diptych.finetune.search_space import (
+from diptych.finetune.config.space import (
     ADAPT_KEYS,
     HEAD_KEYS,
     RangeConfig,
@@ -24,9 +24,9 @@ from diptych.finetune.search_space import (
     space_of,
     with_settings,
 )
+from diptych.finetune.encoders.features import silent
 from diptych.finetune.session import Session
-from diptych.finetune.tasks import Task
-from diptych.finetune.training import inner_score
+from diptych.finetune.tasks.task import Task
 
 from .labelled import xor_rows
 

@@ -20,8 +20,8 @@ from diptych.finetune.config import (
     SourceConfig,
     TaskConfig,
 )
-from diptych.finetune.manifest import Splits, read_rows
-from diptych.finetune.targets import encode_targets, make_task
+from diptych.finetune.tables.manifest import Splits, read_rows
+from diptych.finetune.tasks.targets import encode_targets, make_task
 
 from .labelled import write_csv
 

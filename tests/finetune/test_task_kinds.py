@@ -14,7 +14,7 @@ import sklearn.metrics as sk
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
+from diptych.finetune.report.page import write_report
 
 from .labelled import SPLIT_OF, squares, write_csv, write_task
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.configs.errors import UserError
-from diptych.finetune.tasks import BINS, METRICS, Task, calibrate, metric_value, predicted
+from diptych.finetune.tasks.task import BINS, METRICS, Task, calibrate, metric_value, predicted
 
 BINARY = Task("binary", ("no", "yes"))
 THREE = Task("multiclass", ("a", "b", "c"))

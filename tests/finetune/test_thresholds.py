@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from diptych.cli.main import main
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
-from diptych.finetune.tasks import Task
-from diptych.finetune.thresholds import best_threshold, choose_thresholds, decided
+from diptych.finetune.report.page import write_report
+from diptych.finetune.tasks.task import Task
+from diptych.finetune.tasks.thresholds import best_threshold, choose_thresholds, decided
 
 from .labelled import COLUMNS, match_rows, write_config, write_csv, write_task
 from .runs import contents, finetune, permute_test_labels

@@ -15,11 +15,11 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from diptych.configs.errors import UserError
-from diptych.finetune.cells import Picture, PictureReader
-from diptych.finetune.encoding import read_pixels
-from diptych.finetune.features import encoder_fingerprint
-from diptych.finetune.saved import open_encoder, write_encoder
-from diptych.finetune.tokens import image_tokens, text_tokens
+from diptych.finetune.encoders.encoding import read_pixels
+from diptych.finetune.encoders.features import encoder_fingerprint
+from diptych.finetune.encoders.tokens import image_tokens, text_tokens
+from diptych.finetune.runs.saved import open_encoder, write_encoder
+from diptych.finetune.tables.cells import Picture, PictureReader
 from diptych.pretrain.model import Encoders
 
 from .labelled import squares

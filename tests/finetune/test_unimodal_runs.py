@@ -169,7 +169,7 @@ def test_a_checkpoint_may_be_a_file_a_folder_or_come_from_the_hub(
     from huggingface_hub import constants
     from safetensors.torch import load_file
 
-    from diptych.finetune.features import encoder_fingerprint
+    from diptych.finetune.encoders.features import encoder_fingerprint
 
     from .unimodal_models import source
 

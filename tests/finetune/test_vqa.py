@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from diptych.cli.main import main
 from diptych.finetune.config import TaskConfig
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.report import write_report
-from diptych.finetune.tasks import Task
-from diptych.finetune.vqa import answer_score, canonical_answer, soft_targets, vocabulary
+from diptych.finetune.report.page import write_report
+from diptych.finetune.tasks.task import Task
+from diptych.finetune.tasks.vqa import answer_score, canonical_answer, soft_targets, vocabulary
 
 from .labelled import squares
 from .pair_runs import pair_rows, run_pairs, write_pairs

@@ -9,8 +9,8 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diptych.finetune.source_config import SourceConfig
-from diptych.finetune.unimodal import open_source
+from diptych.finetune.config.source import SourceConfig
+from diptych.finetune.encoders.unimodal import open_source
 from diptych.pretrain.model import Encoders
 
 WORDS = [

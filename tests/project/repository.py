@@ -13,6 +13,21 @@ PACKAGES = (
     "finetune",
     "cli",
 )  # each may import itself and what stands before it
+FINETUNE = (
+    "config",
+    "tables",
+    "tasks",
+    "fusion",
+    "encoders",
+    "splits",
+    "adapt",
+    "scores",
+    "runs",
+    "explain",
+    "",
+    "export",
+    "report",
+)  # folders of finetune/, "" its own files; likewise, but for what a function imports when it is called
 
 
 @cache

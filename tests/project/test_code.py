@@ -4,13 +4,13 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from .repository import PACKAGES, ROOT, imports, product_files, tracked, tree
+from .repository import FINETUNE, PACKAGES, ROOT, imports, product_files, tracked, tree
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # import names that differ from the package's name
@@ -40,6 +40,23 @@ def test_imports_go_one_way() -> None:
         for line, name, _ in imports(path):
             parts = name.split(".")
             if parts[0] == "diptych" and parts[1] not in allowed:
+                wrong.append(f"{path}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_imports_of_finetune_go_one_way() -> None:
+    def part(parts: Sequence[str]) -> str:
+        return parts[1] if (ROOT / "finetune" / parts[1]).is_dir() else ""
+
+    wrong: list[str] = []
+    for path in product_files():
+        if path.parts[0] != "finetune":
+            continue
+        own = part(path.parts)
+        allowed = FINETUNE[: FINETUNE.index(own) + 1]
+        for line, name, at_top in imports(path):
+            parts = name.removeprefix("diptych.").split(".")
+            if at_top and parts[0] == "finetune" and part(parts) not in allowed:
                 wrong.append(f"{path}:{line} imports {name}")
     assert wrong == []
 

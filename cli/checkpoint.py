@@ -1,0 +1,152 @@
+"""``diptych checkpoint``: what a run has saved, whether it is whole, and which may go."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+LIST = """example:
+  diptych checkpoint list runs/demo-pretrain"""
+VERIFY = """example:
+  diptych checkpoint verify runs/demo-pretrain
+
+Exit code 0: all are whole; 1: some are not, and each is named with what is wrong."""
+PRUNE = """example:
+  diptych checkpoint prune runs/demo-pretrain --keep 1
+  diptych checkpoint prune runs/demo-pretrain --keep 2 --keep-every 10000 --yes
+
+Nothing is removed without --yes. The newest whole checkpoint always stays. Works while the run trains."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand and its own."""
+    parser = subparsers.add_parser(
+        "checkpoint",
+        help="list, verify and prune the checkpoints of a run",
+        description="List, verify and prune the checkpoints of a pretraining run, also while it trains.",
+        epilog="example:\n  diptych checkpoint list runs/demo-pretrain",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # without an action: say which there are
+    parser.set_defaults(run=lambda args: parser.print_help() or 2)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    texts = {
+        "list": ("step, samples, time, size, state and scores of each checkpoint", LIST, list_),
+        "verify": ("read every file of every checkpoint and compare its hash", VERIFY, verify),
+        "prune": ("remove older checkpoints", PRUNE, prune),
+    }
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, (text, epilog, action) in texts.items():
+        made[name] = actions.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made[name].add_argument("folder", metavar="RUN", help="a run folder")
+        made[name].set_defaults(run=action)
+    made["list"].add_argument("--json", action="store_true", help="one JSON line per checkpoint")
+    made["prune"].add_argument(
+        "--keep", type=_positive, required=True, metavar="N", help="how many of the newest whole ones stay"
+    )
+    made["prune"].add_argument(
+        "--keep-every", type=_positive, metavar="STEPS", help="those at multiples of this stay too"
+    )
+    made["prune"].add_argument("--yes", action="store_true", help="remove them; without, only say which")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
+def _scan(folder: str) -> list[Any]:
+    """The run's checkpoints, newest first; UserError if there is none."""
+    from ..configs.errors import UserError
+    from ..pretrain.manifest import scan
+
+    run = Path(folder)
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} is no run folder with checkpoints; give one, for instance runs/NAME")
+    found = scan(run)
+    if not found:
+        raise UserError(f"{run / 'checkpoints'} holds no finished checkpoint yet")
+    return found
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def list_(args: argparse.Namespace) -> int:
+    """Say what is there, by manifest and sizes."""
+    found = _scan(args.folder)
+    for one in found:
+        facts = one.facts
+        metrics = {name: v for name, v in facts.get("metrics", {}).items() if not name.endswith("_chance")}
+        if args.json:
+            row = {"step": one.step, "samples_seen": facts.get("samples_seen"), "bytes": one.bytes}
+            row |= {"written": facts.get("written"), "folder": str(one.folder), "problem": one.problem}
+            print(json.dumps(row | {"metrics": metrics}))
+            continue
+        seen = f"{facts['samples_seen']:,} samples" if "samples_seen" in facts else "samples unknown"
+        words = [f"step {one.step:>8}", seen, str(facts.get("written", "time unknown")), _size(one.bytes)]
+        words.append("whole" if one.problem is None else f"DAMAGED: {one.problem}")
+        best = [name for name in metrics if name.endswith("_R@5")]
+        words += [f"{name.removeprefix('val/')} {metrics[name]:.3f}" for name in best]
+        words += [f"best {name.removeprefix('val/')}" for name in best if one is _best(found, name)]
+        print("  ".join(words))
+    return 0
+
+
+def _best(found: list[Any], metric: str) -> Any:
+    from ..pretrain.retention import KeepBest, best_of
+
+    return next(iter(best_of(found, KeepBest.model_validate({"metric": metric}))), None)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Hash every file; 1 if a checkpoint is damaged."""
+    from ..pretrain.manifest import verify as look
+
+    damaged = 0
+    for one in _scan(args.folder):
+        problem = look(one.folder)
+        if problem is not None and not one.folder.exists():
+            print(f"step {one.step}: removed meanwhile")
+            continue
+        damaged += problem is not None
+        print(f"step {one.step}: {'whole' if problem is None else problem}", flush=True)
+    return 1 if damaged else 0
+
+
+def prune(args: argparse.Namespace) -> int:
+    """Remove what is older than the newest ones, or say what that would be."""
+    from dataclasses import replace
+
+    from ..pretrain.checkpoint import remove
+    from ..pretrain.manifest import verify as look
+    from ..pretrain.retention import superseded
+
+    found, whole = _scan(args.folder), 0
+    for number, one in enumerate(found):  # those that are to stay are read in full: a damaged one is none
+        if whole == args.keep:
+            break
+        problem = one.problem or look(one.folder)
+        found[number] = replace(one, problem=problem)
+        whole += problem is None
+    going = superseded(found, keep=args.keep, keep_every_steps=args.keep_every)
+    for one in going:
+        if args.yes:
+            remove(one.folder)
+        print(f"{'removed' if args.yes else 'would remove'} {one.folder} ({_size(one.bytes)})")
+    total = _size(sum(one.bytes for one in going))
+    stay = len(found) - len(going)
+    if args.yes or not going:
+        print(f"{len(going)} checkpoints removed ({total}), {stay} stay")
+    else:
+        print(f"{len(going)} checkpoints ({total}) would go, {stay} stay; add --yes to remove them")
+    return 0

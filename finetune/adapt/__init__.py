@@ -1,0 +1,1 @@
+"""Training: a head on frozen features, or with the encoders, by every method."""

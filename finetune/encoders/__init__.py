@@ -1,0 +1,1 @@
+"""What makes vectors of cells: towers at work, frozen features by content, and fitted columns."""

@@ -1,0 +1,1 @@
+"""What an answer rests on: modalities (Shapley values), patches and words (relevance)."""

@@ -1,0 +1,1 @@
+"""Fusion heads: encoder outputs of several modalities to logits."""

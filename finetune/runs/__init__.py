@@ -1,0 +1,1 @@
+"""A run on disk: models, half-done trainings, the journal, and looks at the test split."""

@@ -1,0 +1,1 @@
+"""What answers are worth: intervals, gains, and the results of a run in one document."""

@@ -1,0 +1,1 @@
+"""Labelled tables: what may stand in a cell, where rows come from, and the pairs among them."""

@@ -1,0 +1,1 @@
+"""What is predicted: targets, losses, metrics and the thresholds of answers."""
