@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+import torch
 from pydantic import Field
 
 from ..configs.load import StrictModel
@@ -56,17 +58,19 @@ class WatchConfig(StrictModel):
 
 
 def record_flights(folder: Path) -> None:
-    """Have NCCL keep its latest collectives and write them down at a time-out, for
-    ``torchfrtrace``; call it before the process group is made. What is set already stays.
+    """Have NCCL keep its latest collectives and write them down at a time-out (``torchfrtrace`` reads them).
+
+    Call it before the process group is made. What is set already stays.
     """
     for name, value in (
         ("TORCH_FR_BUFFER_SIZE", "2000"),
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),  # its name before torch 2.9
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
         ("TORCH_FR_DUMP_TEMP_FILE", f"{folder.absolute()}/stacks/nccl_"),
-        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{folder.absolute()}/stacks/nccl_"),
     ):
         os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        with suppress(OSError):  # told where the run folder is made
+            (folder / "stacks").mkdir(parents=True, exist_ok=True)
 
 
 class Watch:
