@@ -1,4 +1,4 @@
-"""Every torch.distributed call of the project.
+"""Every torch.distributed call of the project, but for how processes find each other (``meeting``).
 
 All functions also work without a process group (one process: rank 0 of 1) and then cost nothing. Rows may be
 spread unevenly: a rank may hold fewer rows than the others, or none, and still joins every collective. NCCL
