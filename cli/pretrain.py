@@ -11,7 +11,8 @@ EPILOG = """example:
   torchrun --standalone --nproc-per-node 2 -m diptych.pretrain configs/demo/pretrain.yaml
   accelerate launch --multi_gpu --num_processes 2 -m diptych.pretrain configs/demo/pretrain.yaml
 
-The same command again goes on from the newest checkpoint. Ctrl-C saves one first."""
+The same command again goes on from the newest checkpoint. Ctrl-C saves one first, and so does SIGTERM, after
+which the exit code is 0 and RUN/stopped.json is there; RUN/finished.json says that the run is complete."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,8 +41,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the results are."""
     from ..configs.load import load_config, to_yaml
+    from ..configs.parent import end_with_launcher
     from ..pretrain.config import PretrainConfig
 
+    end_with_launcher()
     config = load_config(PretrainConfig, args.config, args.overrides)
     if args.print_config:
         print(to_yaml(config), end="")
@@ -58,14 +61,16 @@ def run(args: argparse.Namespace) -> int:
     with _Console() as console:
         outcome = train(config, console)
     if first:
-        if outcome.stopped:
+        if not outcome.stopped:
+            print(f"trained {outcome.step} steps; next: diptych evaluate {outcome.folder}")
+        elif outcome.total_steps:
             print(
                 f"stopped after step {outcome.step} of {outcome.total_steps}, which is saved; "
                 "the same command goes on from there"
             )
         else:
-            print(f"trained {outcome.step} steps; next: diptych evaluate {outcome.folder}")
-    return 130 if outcome.stopped else 0
+            print(f"stopped while it started; what was saved before (step {outcome.step}) is as it was")
+    return 130 if outcome.reason == "SIGINT" else 0
 
 
 class _Console:

@@ -5,19 +5,24 @@ ranks and workers (``order``), and goes on from any step (docs/stream.md). Worke
 processes: the loader keeps their batches in order, so the place in the order is all there is to store.
 """
 
+import atexit
 import copy
+import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, Self
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ..configs.errors import UserError
+from ..configs.parent import signal_at_end_of_parent
 from .batches import Batch, BatchMaker, Failure, Recipe
 from .config import DataConfig
 from .datasets import (
@@ -38,6 +43,8 @@ from .text import Tokenizer
 __all__ = ["Stream", "open_stream"]
 
 HINT_STEPS = 16  # steps between looks ahead at the shards that come next
+LOOK_S = 0.5  # seconds between calls of ``while_waiting``
+PATIENCE_S = 2.0  # seconds that workers have to end
 
 
 class Stream(Iterator[Batch]):
@@ -64,6 +71,9 @@ class Stream(Iterator[Batch]):
         notes: Sequence[str] = (),
     ) -> None:
         """``notes``: what else ``describe`` is to say."""
+        self.while_waiting: Callable[[], None] = _nothing
+        """Called every half second while workers are waited for; what it raises ends the wait, and the batch
+        is the next one all the same."""
         self._sources, self._order, self._tokenizer = list(sources), order, tokenizer
         self._notes = list(notes)
         self._seed = seed
@@ -97,16 +107,7 @@ class Stream(Iterator[Batch]):
         if self._batches is None:
             self._batches = self._start()
             self._hint()  # threads, so after the workers were forked
-        try:
-            batch = next(self._batches)
-        except Exception as error:
-            if (code := _dead_worker(self._batches)) is None:
-                raise
-            self.close()
-            raise UserError(
-                f"a data worker died (exit code {code}); give the machine more memory or shared memory "
-                "(/dev/shm), or lower data.workers or data.prefetch"
-            ) from error
+        batch = self._wait(self._batches)
         if isinstance(batch, Failure):
             self.close()
             raise UserError(batch.message)
@@ -116,6 +117,22 @@ class Stream(Iterator[Batch]):
         if self._step % HINT_STEPS == 0:
             self._hint()
         return batch
+
+    def _wait(self, batches: Iterator[Batch | Failure]) -> Batch | Failure:
+        while True:
+            try:
+                return next(batches)
+            except Exception as error:
+                if self._config.workers and str(error).startswith("DataLoader timed out"):
+                    self.while_waiting()
+                    continue
+                if (code := _dead_worker(batches)) is None:
+                    raise
+                self.close()
+                raise UserError(
+                    f"a data worker died (exit code {code}); give the machine more memory or shared memory "
+                    "(/dev/shm), or lower data.workers or data.prefetch"
+                ) from error
 
     def _hint(self) -> None:
         """Have the shards that come next brought into the cache, where they are remote."""
@@ -156,6 +173,7 @@ class Stream(Iterator[Batch]):
         # torch would raise a worker's death wherever the training process is at that moment, which may be in
         # the middle of a checkpoint or a collective; the loader itself notices, too, when a batch is due
         handler = signal.getsignal(signal.SIGCHLD)
+        in_main = threading.current_thread() is threading.main_thread()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores: meant
             loader = DataLoader(
@@ -166,14 +184,26 @@ class Stream(Iterator[Batch]):
                 prefetch_factor=self._config.prefetch,
                 multiprocessing_context=self._config.start_method,
                 collate_fn=_unchanged,
-                worker_init_fn=partial(_start_worker, self._stacks.path),
+                worker_init_fn=partial(_start_worker, os.getpid() if in_main else None, self._stacks.path),
                 generator=torch.Generator(),  # else a start draws one of the run's random numbers
                 pin_memory=self._pin_memory,
+                timeout=LOOK_S,
             )
             batches = iter(loader)
-        if threading.current_thread() is threading.main_thread():
+        _workers.update(_workers_of(batches))
+        if in_main:
             signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
         return batches
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and step of the next batch. Set it back to take back a batch for ``state_dict``; the batches
+        that come do not follow it before ``close``."""
+        return self._epoch, self._step
+
+    @place.setter
+    def place(self, place: tuple[int, int]) -> None:
+        self._epoch, self._step = place
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch that was yielded, as JSON; batches made ahead do not count. It is
@@ -200,7 +230,11 @@ class Stream(Iterator[Batch]):
         batches, self._batches = self._batches, None
         shutdown = getattr(batches, "_shutdown_workers", None)
         if shutdown is not None:
+            # torch waits 5 seconds for each worker in turn, which one that waits for a server does not hear
+            late = threading.Timer(PATIENCE_S, _kill, [_workers_of(batches)])
+            late.start()
             shutdown()
+            late.cancel()
         for source in self._sources:
             source.shards.prefetch([])
 
@@ -213,7 +247,7 @@ class Stream(Iterator[Batch]):
 
 def _dead_worker(batches: Any) -> int | None:
     """The exit code of a worker that has ended, None if all run. One that is dying is waited for."""
-    workers: list[Any] = getattr(batches, "_workers", [])
+    workers = _workers_of(batches)
     for patience in (0.0, 0.2):
         for worker in workers:
             worker.join(patience)
@@ -222,14 +256,36 @@ def _dead_worker(batches: Any) -> int | None:
     return None
 
 
+def _workers_of(batches: Any) -> list[BaseProcess]:
+    return getattr(batches, "_workers", [])
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in list(workers):
+        worker.kill()
+
+
+_workers: WeakSet[BaseProcess] = WeakSet()
+atexit.register(_kill, _workers)  # of streams that nobody closed, and before multiprocessing waits for them
+
+
+def _nothing() -> None:
+    pass
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(stacks: str, _: int) -> None:
+def _start_worker(parent: int | None, stacks: str, _: int) -> None:
+    """``parent``: the training process, if its main thread starts the worker; ``stacks``: where the
+    worker writes what it does when asked."""
     answer(stacks)
-    # Ctrl-C is the training process's to handle; workers follow when it ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # what a terminal or Slurm sends to all processes is the training process's to handle; workers end with it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if parent is not None and os.getppid() == parent:
+        signal_at_end_of_parent(signal.SIGKILL, parent)
 
 
 def open_stream(

@@ -46,7 +46,7 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
     """Train and score all heads of a config; write the run folder and return what results.json holds.
 
     The same on every process of a launched run. Raises UserError for whatever the user can mend. See
-    docs/finetune.md for the files of a run.
+    docs/finetune/runs.md for the files of a run.
     """
     device_of(config.device)  # tells one that is not there
     distributed.setup(config.device, timeout_s=TIMEOUT_S)

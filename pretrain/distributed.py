@@ -14,7 +14,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -265,33 +265,6 @@ def gather_json(value: Any) -> list[Any]:
     counts = row_counts(data.shape[0])
     parts = all_gather_rows(data, counts).split(counts)
     return [json.loads(part.numpy().tobytes()) for part in parts]
-
-
-LOST = "the launcher's end"
-
-
-def notice(key: str, text: str) -> None:
-    """Leave ``text`` where every process finds it by ``noticed``; no process waits, so any thread may. Does
-    nothing without a process group, or if its store has ended with the launcher."""
-    with suppress(RuntimeError, ValueError):  # the latter when there is a group no longer
-        if world_size() > 1:
-            _store().set(key, text)
-
-
-def noticed(key: str) -> str:
-    """The text that a process left, "" if none; ``LOST`` if the store has ended with the launcher."""
-    try:
-        if world_size() == 1 or not _store().check([key]):
-            return ""
-        return _store().get(key).decode()
-    except RuntimeError:
-        return LOST
-    except ValueError:  # there is no group any more
-        return ""
-
-
-def _store() -> distributed_c10d.Store:
-    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
 
 
 class _ScalarMean:

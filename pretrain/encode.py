@@ -103,13 +103,15 @@ def quick_retrieval(
     *,
     max_images: int = 2000,
     batch_size: int = 256,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Retrieval on held-out shards while training: ``{"val/image_to_text_R@1": ..,
     "val/image_to_text_R@1_chance": ..}`` for R@1, R@5, R@10 both ways.
 
     ``model``: a ``ContrastiveModel`` (also inside DDP), an open_clip model or a ``LoadedModel``. At most
     ``max_images`` images, evenly spaced and the same every time; fp32, no gradients, no random numbers, and
-    no collective calls: one rank may do it alone. Raises ValueError if the features are not finite.
+    no collective calls: one rank may do it alone. ``look`` is called at every batch, and may raise. Raises
+    ValueError if the features are not finite.
     """
     if isinstance(model, LoadedModel):
         model = model.model
@@ -124,13 +126,19 @@ def quick_retrieval(
     def encode_text(captions: Sequence[str]) -> Tensor:
         parts: list[Tensor] = []
         for start in range(0, len(captions), 1024):
+            look()
             token_ids, seq_lens = tokenizer.pack(captions[start : start + 1024])
             parts.append(root.encode_text(token_ids.to(device), seq_lens.to(device)).float().cpu())
         return torch.cat(parts)
 
     with _evaluating(root), torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False):
         images = encode_images(
-            root.encode_image, shards, image_size=image_size, batch_size=batch_size, sample_ids=chosen
+            root.encode_image,
+            shards,
+            image_size=image_size,
+            batch_size=batch_size,
+            sample_ids=chosen,
+            advance=lambda _: look(),
         )
         ids, captions = unique_captions(images.captions)
         scores = retrieval_scores(images.features, encode_text(captions), ids, samples=1)

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet, anew at every start.
+"""Where the processes of a run meet, anew at every start, and leave word for one another.
 
 torchrun keeps one key-value store for all restarts, and processes look each other up in it by keys that are
 the same every time: gloo's and NCCL's. After a restart a process could so find the address of one that is
@@ -8,14 +8,16 @@ nobody has used before, and all keys go below it.
 
 import secrets
 import time
+from contextlib import suppress
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..configs.errors import UserError
 
-__all__ = ["meet"]
+__all__ = ["LOST", "meet", "notice", "noticed"]
 
 LOOK_S = 0.02  # seconds between looks of process 0 at who is there
 
@@ -81,3 +83,34 @@ def _alone(message: str) -> UserError:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+LOST = "the launcher's end"
+
+
+def notice(key: str, text: str) -> None:
+    """Leave ``text`` where every process finds it by ``noticed``; no process waits, so any thread may. Does
+    nothing without a process group, or if its store has ended with the launcher."""
+    with suppress(RuntimeError, ValueError):  # the latter when there is a group no longer
+        if _in_group():
+            _store().set(key, text)
+
+
+def noticed(key: str) -> str:
+    """The text that a process left, "" if there is none, ``LOST`` if the store ended with the launcher."""
+    try:
+        if not _in_group() or not _store().check([key]):
+            return ""
+        return _store().get(key).decode()
+    except RuntimeError:
+        return LOST
+    except ValueError:  # there is no group any more
+        return ""
+
+
+def _store() -> Store:
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
+
+
+def _in_group() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

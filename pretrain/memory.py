@@ -29,7 +29,7 @@ def host_memory() -> float:
 
 
 @contextmanager
-def memory_told(config: TrainConfig, device: torch.device) -> Generator[None]:
+def memory_told(config: TrainConfig) -> Generator[None]:
     """Inside, an allocation that fails is a UserError with the numbers and what to change."""
     try:
         yield
@@ -45,7 +45,7 @@ def memory_told(config: TrainConfig, device: torch.device) -> Generator[None]:
             what = f"the {'GPU' if on_gpu else 'host'}{rank} ran"
             mend = " and ".join(mends(config, distributed.world_size())[:2])
             mend = f"set {mend}" if mend else "take a smaller model or train.global_batch_size"
-        numbers = _gpu(device) if on_gpu else _host()
+        numbers = _gpu() if on_gpu else _host()
         told = UserError(f"{what} out of memory ({_asked(text)}{numbers}); {mend}")
         told.alone = True
         raise told from error
@@ -66,9 +66,9 @@ def _asked(text: str) -> str:
     return f"asked for {_gib(float(found[1]) * _UNITS[found[2]])}, " if found else ""
 
 
-def _gpu(device: torch.device) -> str:
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
+def _gpu() -> str:
+    free, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated()
     return f"free {_gib(free)} of {_gib(total)}, at most {_gib(peak)} in use before"
 
 

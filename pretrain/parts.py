@@ -17,6 +17,7 @@ from .checkpoint import newest_or_none, remove_leftovers
 from .compiled import compile_blocks
 from .config import PretrainConfig
 from .ema import Ema
+from .ending import clear_end
 from .engine import build_accelerator, keep_freed_memory, on_rank_0, prepare, set_threads, together
 from .fit import check_fit, check_length
 from .flops import Costs
@@ -130,6 +131,8 @@ class RunParts:
                 self.state.load(Path(name))
         if self.rank == 0:
             remove_leftovers(self.folder)
+            if self.state.step < self.total_steps:
+                clear_end(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
         facts = {"config_sha256": config_hash(config)}

@@ -1,39 +1,189 @@
-"""A polite end: the first SIGINT or SIGTERM asks the loop to save and stop, a second SIGINT ends at once."""
+"""A polite end: SIGTERM, SIGHUP or the first SIGINT asks the loop to save and stop, a second SIGINT ends at
+once.
 
+Python runs a signal's handler when the main thread comes back to Python, which a rank that waits for the
+others inside a collective does not. So a second thread listens, to whom the system's own handler writes
+(``signal.set_wakeup_fd``): it tells the other ranks through the store of the process group, and where this
+rank waits for data it looks whether another has told. A rank without a batch thus hears of a signal that
+reached only a rank with one, joins the collective in which that one waits, and all save the last finished
+step.
+"""
+
+import itertools
+import os
+import select
 import signal
-from collections.abc import Generator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["StopRequest", "stop_on_signals"]
+from . import meeting
+
+__all__ = ["STOPPING", "StopRequest", "Stopped", "stop_on_signals"]
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK_S = 0.5
+"""Seconds between looks whether another rank was told, and between tries to end a read."""
+PATIENCE_S = 2.0
+"""Seconds that a launched process has to leave a call that hears no signal before the listener ends it."""
+
+
+class Stopped(BaseException):
+    """This process was told to stop, and is where it can: raised in the main thread alone."""
 
 
 class StopRequest:
-    """Whether this process was told to stop."""
+    """Whether this run was told to stop, and by what: ``reason`` is a signal's name, "" while it is not."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, key: str = "", leave: Callable[[str], object] | None = None) -> None:
+        """``key``: where the ranks of a run tell one another; see ``stop_on_signals`` for ``leave``."""
+        self.reason = ""
+        self.starting = True
+        """Whether the ranks have not yet agreed to begin a step; the loop ends it."""
+        self._key, self._leave = key, leave
+        self._interrupts = 0
+        self._open = True  # whether the handler may raise where the main thread is
+        self._waiting_since: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return bool(self.reason)
+
+    def look(self) -> None:
+        """Raise Stopped if this run was told to stop."""
+        if self.asked:
+            raise Stopped
+
+    @contextmanager
+    def waiting(self, *, interrupt: bool) -> Generator[None]:
+        """Inside, this rank hears also of what the others were told; raises Stopped if there is something.
+
+        With ``interrupt`` it is raised wherever the main thread is inside, else where it calls ``look``.
+        """
+        self._waiting_since = time.monotonic()
+        try:
+            self._open = interrupt
+            self.look()
+            yield
+        finally:
+            self.closed()
+
+    def heard(self) -> bool:
+        """Whether this process or another of the run was told to stop."""
+        self.reason = self.reason or meeting.noticed(self._key)
+        return self.asked
+
+    def tell(self) -> None:
+        """Let the other ranks hear of it."""
+        meeting.notice(self._key, self.reason)
+
+    def closed(self) -> None:
+        """Signals no longer raise."""
+        self._open, self._waiting_since = False, None
+
+    def forked(self) -> None:
+        """In a forked child, which has no listener: leave the parent's pipe alone, and raise nothing."""
+        self.closed()
+        with suppress(ValueError):  # not the main thread's child
+            signal.set_wakeup_fd(-1)
+
+    # -- signals ---------------------------------------------------------------------------------------
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
-        if self.asked and number == signal.SIGINT:
+        """Signal handler, in the main thread."""
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self._open = False
             raise KeyboardInterrupt
-        self.asked = True
+        self.reason = self.reason or signal.Signals(number).name
+        if self._open:
+            self._open = False
+            raise Stopped
+
+    def listen(self, pipe: int) -> None:
+        """The listener's loop, until it reads a zero; numbers of signals come through ``pipe``."""
+        main = threading.main_thread().ident
+        assert main is not None
+        asked_at = tried_at = last_interrupt = 0.0
+        interrupts = 0
+        while True:
+            came = os.read(pipe, 256) if select.select([pipe], [], [], LOOK_S)[0] else b""
+            if 0 in came:
+                return
+            now = time.monotonic()
+            numbers = [number for number in came if number in STOPPING]
+            if signal.SIGINT in numbers:
+                interrupts, last_interrupt = interrupts + numbers.count(signal.SIGINT), now
+            if not self.asked and numbers:
+                self.reason = signal.Signals(numbers[0]).name
+            elif not self.asked and self._waiting_since is not None and now - self._waiting_since > LOOK_S:
+                self.heard()
+            if self.asked and not asked_at:
+                asked_at = now
+                self.tell()
+            if self._open and self.asked and now - tried_at > LOOK_S:
+                tried_at = now
+                signal.pthread_kill(main, signal.SIGTERM)  # a system call returns, and the handler is run
+            if launched() and interrupts > 1 and now - last_interrupt > PATIENCE_S:
+                os._exit(130)
+            if launched() and self.starting and self._open and self.asked and now - asked_at > PATIENCE_S:
+                if self._leave is not None:
+                    self._leave(self.reason)
+                os._exit(0)
+
+
+def launched() -> bool:
+    """Whether this process is one of several, which wait for one another in calls that hear no signal."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+_listening: list[StopRequest] = []
+_runs = itertools.count()
+
+
+def _in_child() -> None:
+    """A forked worker's signals are not its parent's."""
+    for stop in _listening:
+        stop.forked()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 @contextmanager
-def stop_on_signals() -> Generator[StopRequest]:
-    """Inside the block SIGINT and SIGTERM only set ``asked``; afterwards the old handlers are back. Works in
-    the main thread; elsewhere signals stay with whoever has them."""
-    stop = StopRequest()
-    old = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, stop.handle)
-    except ValueError:  # not the main thread
-        pass
+def stop_on_signals(leave: Callable[[str], object] | None = None) -> Generator[StopRequest]:
+    """Inside the block SIGINT, SIGTERM and SIGHUP ask to stop; afterwards the old handlers are back.
+
+    Until ``closed`` is called there is nothing to save: they raise Stopped, and where a launched process
+    does not leave a call that waits for the others, the listener calls ``leave`` with the signal's name and
+    ends the process. SIGHUP is left alone where it is ignored (nohup). Works in the main thread; elsewhere
+    signals stay with whoever has them.
+    """
+    stop = StopRequest(f"diptych/stop/{next(_runs)}", leave)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    mine, its = os.pipe()
+    os.set_blocking(its, False)
+    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = signal.set_wakeup_fd(its, warn_on_full_buffer=False)
+    old = {number: signal.signal(number, stop.handle) for number in numbers}
+    listener = threading.Thread(target=stop.listen, args=(mine,), daemon=True)
+    listener.start()
+    _listening.append(stop)
     try:
         yield stop
     finally:
+        stop.closed()
+        os.write(its, b"\0")
+        listener.join(LOOK_S)
+        _listening.remove(stop)
+        signal.set_wakeup_fd(before)
         for number, handler in old.items():
             signal.signal(number, handler)
+        if not listener.is_alive():
+            os.close(mine)
+            os.close(its)

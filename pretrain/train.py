@@ -5,6 +5,7 @@ over the global batch. One small all-reduce a step carries what all must know: d
 stop, a failure, the end of a save.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,22 +15,24 @@ import torch
 
 from ..configs.errors import UserError
 from . import distributed
-from .agree import others_watched
+from .agree import on_rank_0, others_watched
 from .clock import Clock
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
 from .encode import quick_retrieval
+from .ending import mark_end, stopped_early
 from .engine import no_sync
 from .fit import notes
 from .gradcache import forward_backward
 from .memory import memory_told
 from .model import clamp_logit_scale
 from .optim import clip_gradients, set_lr
+from .owner import RunLock
 from .parts import RunParts
 from .run import run_path
 from .schedule import lr_at
 from .stages import patch_dropout_at
-from .stop import StopRequest, stop_on_signals
+from .stop import Stopped, StopRequest, stop_on_signals
 from .watch import Watch, record_flights
 
 __all__ = ["Outcome", "Show", "train"]
@@ -51,12 +54,20 @@ class Show(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of ``train`` ended; ``stopped`` if a signal ended it before its last step."""
+    """How a call of ``train`` ended; ``reason`` is the signal that ended it before its last step, else "".
+
+    ``total_steps`` is 0 if it came before the run knew them; ``step`` then is what had been saved before.
+    """
 
     folder: Path
     step: int
     total_steps: int
-    stopped: bool
+    reason: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended it before its last step."""
+        return bool(self.reason)
 
 
 def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
@@ -64,19 +75,28 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
 
     The same on every rank. Raises UserError for what the user can mend, on every rank alike.
     """
-    record_flights(run_path(config))
-    device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
-    try:
-        watch = Watch(config.watch, run_path(config))
-        with stop_on_signals() as stop, others_watched(), memory_told(config.train, device), watch:
+    lock = RunLock(run_path(config))
+    record_flights(lock.folder)
+    watch = Watch(config.watch, lock.folder)
+    early = partial(stopped_early, lock)
+    with others_watched(), memory_told(config.train), watch, stop_on_signals(early) as stop:
+        try:
+            device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
+            on_rank_0(lock.take)
             run = _Run(config, device, watch)
             run.show = show if run.rank == 0 else None
             try:
                 return run.go(stop)
             finally:
                 run.close()
-    finally:
-        distributed.teardown()
+        except (Stopped, RuntimeError):  # the latter where another rank was told, and has left
+            if not (stop.starting and stop.heard()):
+                raise
+            stop.tell()
+            return Outcome(lock.folder, stopped_early(lock, stop.reason), 0, stop.reason)
+        finally:
+            lock.release()
+            distributed.teardown()
 
 
 class _Run(RunParts):
@@ -90,7 +110,6 @@ class _Run(RunParts):
         if self.show is not None:
             self.show.start(self._facts())
         self.saver.tell = partial(self._log, "checkpoint")
-        stopping = False
         precision = config.train.precision
         clock = Clock(
             state.samples_seen,
@@ -100,8 +119,12 @@ class _Run(RunParts):
             on_pause=self.watch.be_patient,
         )
         self.model.train()
-        while state.step < self.total_steps and not stopping:
-            batch, stopping = self._next(stop, clock)
+        stop.closed()
+        self.stream.while_waiting = stop.look
+        while state.step < self.total_steps:
+            batch = self._next(stop, clock)
+            if batch is None:
+                break
 
             # -- one step: features, loss over the global batch, averaged gradients, update
             lr = self._enter_step()
@@ -131,15 +154,15 @@ class _Run(RunParts):
             clock.count(batch, recomputed=self.micro_batches > 1 or config.train.grad_checkpointing)
 
             # -- what the step leaves behind
-            last = state.step == self.total_steps or stopping
+            last = state.step == self.total_steps
             if state.step % config.train.log_every_steps == 0 or last:
                 self.guard.check(config.optim.lr)
                 row = {"epoch": batch["epoch"], "loss": out["loss"].item(), "lr": lr}
                 row |= {"logit_scale": out["logit_scale"].item(), "grad_norm": grad_norm.item()}
                 self._log("train", row | clock.row(state.samples_seen, self.world_size))
-            if self._validation_due(stopping):
+            if self._validation_due():
                 with clock.paused():
-                    self._validate()
+                    self._validate(stop)
             if self.saver.due(state.step):
                 with clock.paused():
                     self.guard.check(config.optim.lr)
@@ -147,7 +170,7 @@ class _Run(RunParts):
         self.guard.check(config.optim.lr)
         self.watch.be_patient()
         self.saver.finish()
-        return Outcome(self.folder, state.step, self.total_steps, state.step < self.total_steps)
+        return self._end(stop)
 
     def _enter_step(self) -> float:
         """Set learning rate and patch dropout for the step that comes; returns the rate."""
@@ -172,18 +195,27 @@ class _Run(RunParts):
             **self.config.loss.model_dump(),
         )
 
-    def _next(self, stop: StopRequest, clock: Clock) -> tuple[Batch, bool]:
-        """This rank's next batch and whether to stop after it. A failure on one rank is raised on all."""
+    def _next(self, stop: StopRequest, clock: Clock) -> Batch | None:
+        """This rank's next batch; None if any rank was told to stop. A failure on one rank is raised on
+        all."""
+        place = self.stream.place
         batch: Batch = {}
         problem = ""
         try:
-            with clock.waiting():
-                batch = self.to_device(next(self.stream))
+            with clock.waiting(), stop.waiting(interrupt=self.config.data.workers == 0):
+                batch = next(self.stream)
+            batch = self.to_device(batch)
+        except Stopped:
+            pass
         except UserError as error:
             problem = str(error)
         bad = batch.get("bad", [])
         flags = torch.tensor([len(bad), int(stop.asked), int(bool(problem)), *self.saver.flags()])
         damaged, asked, failed, *saving = distributed.all_reduce_sum(flags).tolist()
+        stop.starting = False
+        if asked:
+            self.stream.place = place
+            return None
         if failed:
             problems = distributed.gather_json(problem)
             raise UserError(next(text for text in problems if text))
@@ -191,17 +223,25 @@ class _Run(RunParts):
             seen = self.state.samples_seen + self.batch_size
             self.quarantine.add(bad, step=self.state.step + 1, samples_seen=seen)
         self.saver.heed(*saving)
-        return batch, asked > 0
+        return batch
 
-    def _validation_due(self, stopping: bool) -> bool:
+    def _end(self, stop: StopRequest) -> Outcome:
+        """Say in the run folder how it ended."""
+        state, reason = self.state, ""
+        if state.step < self.total_steps:
+            reason = next(text for text in distributed.gather_json(stop.reason) if text)
+        if self.rank == 0:
+            mark_end(self.folder, state.step, state.samples_seen, reason)
+        return Outcome(self.folder, state.step, self.total_steps, reason)
+
+    def _validation_due(self) -> bool:
         step, every = self.state.step, self.config.evaluate.every_steps
-        return self.config.evaluate.data is not None and (
-            step == self.total_steps or (step % every == 0 and not stopping)
-        )
+        return self.config.evaluate.data is not None and (step == self.total_steps or step % every == 0)
 
-    def _validate(self) -> None:
-        """Rank 0 scores the held-out shards with the weights that would be exported."""
-        with self.state.exported() as root:
+    def _validate(self, stop: StopRequest) -> None:
+        """Rank 0 scores the held-out shards with the weights that would be exported; nothing if it is told to
+        stop meanwhile."""
+        with suppress(Stopped), self.state.exported() as root, stop.waiting(interrupt=False):
             if root is None or self.held_out is None:
                 return
             scores = quick_retrieval(
@@ -211,9 +251,10 @@ class _Run(RunParts):
                 self.image_size,
                 self.device,
                 max_images=self.config.evaluate.max_images,
+                look=stop.look,
             )
-        self.saver.scored(scores)
-        self._log("eval", dict(scores))
+            self.saver.scored(scores)
+            self._log("eval", dict(scores))
 
     def _log(self, kind: str, row: dict[str, Any]) -> None:
         if self.tracker is None:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from ..configs.load import StrictModel
 from ..data.stream import Stream
-from . import distributed
+from . import distributed, meeting
 
 __all__ = ["Watch", "WatchConfig", "doing_now", "record_flights"]
 
@@ -32,6 +32,7 @@ ANSWER_S = 2.0  # seconds for other ranks to say what they do
 STACKS_BYTES = 16 << 20  # a longer file of stacks is begun anew
 
 _DOING = (  # module, function, what is done in there; the outermost counts
+    ("diptych.pretrain.meeting", "", "waiting for the other processes to come"),
     ("diptych.data.stream", "__next__", "waiting for data"),
     ("diptych.pretrain.encode", "", "evaluating"),
     ("diptych.pretrain.saver", "", "saving a checkpoint"),
@@ -79,7 +80,7 @@ class Watch:
     def __init__(self, config: WatchConfig, folder: Path) -> None:
         """``folder``: the run's."""
         self.config = config
-        self.path = folder / "stacks" / f"rank_{distributed.rank():05d}.txt"
+        self.folder = folder / "stacks"
         self._step: Callable[[], int] = lambda: -1
         self._stream: Stream | None = None
         self._main = threading.get_ident()
@@ -94,6 +95,11 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(LOOK_S)
+
+    @property
+    def path(self) -> Path:
+        """This process's file of stacks."""
+        return self.folder / f"rank_{distributed.rank():05d}.txt"
 
     def follow(self, step: Callable[[], int], stream: Stream) -> None:
         """The run has been built: this gives the number of its finished steps, and this is its data."""
@@ -144,7 +150,7 @@ class Watch:
         log.warning("%sno step has ended for %.0f s after step %d: %s; %s", here, seconds, step, what, where)
 
     def _write(self, title: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         anew = self.path.exists() and self.path.stat().st_size > STACKS_BYTES
         with self.path.open("w" if anew else "a", encoding="utf-8") as file:
             print(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}", file=file, flush=True)
@@ -166,10 +172,10 @@ class Watch:
         told: dict[int, str] = {}
 
         def ask() -> None:
-            distributed.notice(_key(step, distributed.rank()), json.dumps(doing))
+            meeting.notice(_key(step, distributed.rank()), json.dumps(doing))
             self._ended.wait(ANSWER_S + min(LOOK_S, self.config.watchdog_s / 4))
             for rank in others:
-                text = distributed.noticed(_key(step, rank))
+                text = meeting.noticed(_key(step, rank))
                 told[rank] = json.loads(text) if text.startswith('"') else "not answering: see its host"
 
         asking = threading.Thread(target=ask, daemon=True)  # the store may be away, too

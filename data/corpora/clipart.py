@@ -34,8 +34,8 @@ __all__ = ["PACKAGE", "PINNED", "fetch_clipart", "make_clipart"]
 
 PACKAGE = "openclipart-svg"
 PINNED = "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5"
-"""sha256 of version 1:0.18+dfsg-19, of Debian 12, from which the figures in docs/finetune.md come. Other
-versions are taken too, as Debian serves one per release; ``corpus.json`` tells which it was."""
+"""sha256 of version 1:0.18+dfsg-19, of Debian 12, from which the figures in docs/finetune/results.md come.
+Other versions are taken too, as Debian serves one per release; ``corpus.json`` tells which it was."""
 
 RECIPE = 1
 """Raised with every change of what the same package becomes."""

@@ -25,7 +25,7 @@ STAGES = {
     "joint": ("early", "input"),
     "late": ("late", "decision"),
 }
-"""Stage and level of each fusion operator, as docs/finetune.md defines them."""
+"""Stage and level of each fusion operator, as docs/finetune/fusion.md defines them."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "zero_shot": {},

@@ -43,7 +43,7 @@ class SearchConfig(StrictModel):
     space: dict[str, RangeConfig | tuple[Any, ...] | None] = Field(default_factory=dict)
     """What is tried of a setting of ``heads`` or ``adapt``, for every head that takes it: ``{low: 1e-4, high:
     1e-2, log: true}`` or a list of values; null leaves it as the config says. Settings that are not named
-    here have the space that docs/finetune.md tells."""
+    here have the space that docs/finetune/search.md tells."""
     encoders: bool = False
     """Whether heads that train encoders are searched too: every trial trains the encoders."""
 

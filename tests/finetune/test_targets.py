@@ -248,8 +248,11 @@ def test_settings_that_a_task_does_not_have_are_told(kind: Any, options: dict[st
 
 
 def test_the_configs_of_the_documentation_are_valid(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parents[2] / "docs"
+    pages = sorted((docs / "finetune").glob("*.md"), key=lambda page: page.name != "tasks.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [*pages, docs / "finetune.md"])
     fences = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    fences += re.findall(r'\.write\("""\n(name:.*?)"""\)', text, re.DOTALL)
     whole = [fence for fence in fences if fence.startswith("name:")]
     parts = [fence for fence in fences if fence not in whole]
     tasks = [line for part in parts for line in part.splitlines() if line.startswith("task: {type: ")]

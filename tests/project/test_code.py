@@ -162,4 +162,5 @@ def test_every_package_is_typed_and_listed() -> None:
     }
     folders = {str(path.parent) for path in product_files()}
     assert folders == listed
-    assert [folder for folder in sorted(folders) if not (ROOT / folder / "py.typed").is_file()] == []
+    needed = [Path(folder, name) for folder in sorted(folders) for name in ("__init__.py", "py.typed")]
+    assert [str(path) for path in needed if path not in tracked()] == []

@@ -61,6 +61,12 @@ def test_python_in_fences_compiles() -> None:
 
 
 def test_every_document_is_listed() -> None:
-    listed = read(Path("docs/README.md"))
-    names = [path.name for path in DOCUMENTS if path.parts[0] == "docs" and path.name != "README.md"]
-    assert [name for name in names if f"({name})" not in listed] == []
+    """Pages in docs/ by docs/README.md, those in a folder docs/NAME/ by docs/NAME.md."""
+    missing: list[str] = []
+    for path in DOCUMENTS:
+        if path.parts[0] == "docs" and path.name != "README.md":
+            within = path.relative_to("docs")
+            index = Path("docs/README.md") if len(within.parts) == 1 else path.parent.with_suffix(".md")
+            if f"({within})" not in read(index):
+                missing.append(str(path))
+    assert missing == []

@@ -1,0 +1,112 @@
+"""One process at a time works in a run folder: it holds a lock on the file ``lock`` there.
+
+The lock is the system's (POSIX, ``fcntl``), and so ends with its process, however that ends; data workers do
+not keep it. It holds between machines on NFSv4, and on NFSv3 with a lock daemon. What only reads a run does
+not ask for it.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Self
+
+from ..configs.errors import UserError
+
+__all__ = ["RunLock"]
+
+log = logging.getLogger(__name__)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class RunLock:
+    """The right to write into a run folder. As a context it is given back at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "lock"
+        self._handle: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has it."""
+        return self._handle is not None
+
+    def take(self) -> Self:
+        """Take it; the folder is made if absent. Raises UserError if another process has it, naming which, or
+        if the folder cannot be written."""
+        while not self.held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise UserError(
+                    f"out: {self.folder} cannot be written ({error.strerror}); choose another folder"
+                ) from error
+            if self._lock(handle) and self._is_there(handle):
+                self._handle = handle
+            else:
+                os.close(handle)  # another process has just given it back
+        assert self._handle is not None
+        who = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        }
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, json.dumps(who).encode() + b"\n", 0)
+        return self
+
+    def _lock(self, handle: int) -> bool:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                log.warning(
+                    "%s: the file system has no locks (%s); see to it that no other process uses this folder",
+                    self.folder,
+                    error.strerror,
+                )
+                return True
+            holder = _holder(handle)
+            os.close(handle)
+            raise UserError(
+                f"{self.folder} is in use by {holder}; wait until that has ended, or set out to another "
+                "folder"
+            ) from error
+        return True
+
+    def _is_there(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), self.path.stat())
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Give it back, and leave no folder that has nothing else in it."""
+        if self._handle is None:
+            return
+        try:
+            self.path.unlink()
+            self.folder.rmdir()
+        except OSError:  # the folder holds a run, or is no longer there
+            pass
+        os.close(self._handle)
+        self._handle = None
+
+    def __enter__(self) -> Self:
+        return self.take()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _holder(handle: int) -> str:
+    try:
+        who = json.loads(os.pread(handle, 4096, 0))
+        return f"process {int(who['pid'])} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,165 @@
+"""Signals to runs of two processes: whom they reach, and what the processes are waiting for then."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
+
+from ..data.object_store import BUCKET, Fault, Proxy, s3_server, upload
+from ..pretrain.train_runs import finish, launch, losses, make_data, write_config
+
+SOON_S = 25.0
+"""Within which all have saved: torchrun's 30 s, less what a busy machine takes."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stop")
+    return write_config(folder / "run.yaml", make_data(folder / "data"))
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of two processes."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    finish(launch(config, out, 2))
+    return out
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert losses(run) == losses(other)
+    mine, expected = newest_checkpoint(run), newest_checkpoint(other)
+    assert mine is not None
+    assert expected is not None
+    for file in sorted(path.name for path in expected.glob("*.safetensors")):
+        values = read_tensors(mine / file)
+        for name, value in read_tensors(expected / file).items():
+            assert values[name].equal(value), (file, name)
+
+
+def until(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def step_of(run: Path) -> int:
+    return max((step for step, _ in losses(run)), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids by rank."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {pid: Path("/proc", pid, "environ").read_bytes().partition(b"\0RANK=")[2] for pid in pids}
+    return {int(value.partition(b"\0")[0]): int(pid) for pid, value in found.items() if value}
+
+
+def running(word: str) -> list[int]:
+    """Processes whose command line has the word."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+def gone(word: str, seconds: float = SOON_S) -> list[int]:
+    """What still runs after so long."""
+    end = time.monotonic() + seconds
+    while (left := running(word)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left
+
+
+def marker(run: Path, name: str = "stopped.json") -> dict[str, object]:
+    return json.loads((run / name).read_text())
+
+
+@pytest.fixture
+def servers(config: Path) -> Generator[list[Proxy]]:
+    """A way to one bucket for each rank; the run's shards are in it."""
+    with s3_server() as port:
+        upload(config.parent / "data" / "train", port, "set")
+        proxies = [Proxy(port) for _ in range(2)]
+        yield proxies
+        for proxy in proxies:
+            proxy.close()
+
+
+def launch_apart(
+    config: Path, out: Path, servers: list[Proxy], folder: Path, *words: str
+) -> subprocess.Popen[str]:
+    """A run whose ranks reach their shards by servers of their own."""
+    script = folder / "rank.py"
+    script.write_text(
+        "import os, sys\n"
+        f"os.environ['AWS_ENDPOINT_URL'] = {[s.url for s in servers]}[int(os.environ['RANK'])]\n"
+        "from diptych.cli.main import main\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
+    )
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(script), str(config), f"out={out}", f"data.train=s3://{BUCKET}/set", "data.cache_gb=0"),
+            *words,
+        ],
+        env={**os.environ, **keys, "AWS_DEFAULT_REGION": "us-east-1", "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "starved", "told"), [(0, 1, "launcher"), (1, 1, 0), (1, 0, 1), (0, 1, 0), (0, 0, 0)]
+)
+def test_ranks_of_which_one_has_no_data_save_the_same_step(
+    workers: int,
+    starved: int,
+    told: int | str,
+    config: Path,
+    straight: Path,
+    servers: list[Proxy],
+    tmp_path: Path,
+) -> None:
+    """Whether the launcher, the rank that waits for data or the one that waits for it is told."""
+    out = tmp_path / "run"
+    process = launch_apart(config, out, servers, tmp_path, f"data.workers={workers}")
+    until(lambda: step_of(out) >= 3, process)
+    servers[starved].faults.append(Fault("stall", r"\.tar", times=1000, at=0))
+    time.sleep(4)
+    assert step_of(out) < 20
+    began = time.monotonic()
+    os.kill(process.pid if told == "launcher" else ranks_of(process)[int(told)], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < SOON_S
+    assert process.returncode == (1 if told == "launcher" else 0), err[-3000:]
+    step = step_of(out)
+    assert 3 <= step < 20
+    assert marker(out) == {
+        "step": step,
+        "samples_seen": 16 * step,
+        "checkpoint": f"checkpoints/step_{step:08d}",
+        "reason": "SIGTERM",
+    }
+    assert not gone(str(out))
+    finish(launch(config, out, 2))
+    assert_same(out, straight)
+    assert not (out / "stopped.json").exists()
+    assert marker(out, "finished.json")["step"] == 20
