@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..configs.errors import UserError
-from . import distributed
+from .agree import launched
 from .config import TrainConfig
 
 __all__ = ["host_memory", "memory_told", "mends"]
@@ -38,12 +38,13 @@ def memory_told(config: TrainConfig) -> Generator[None]:
         on_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
         if not (on_gpu or isinstance(error, MemoryError) or any(word in text for word in _CPU)):
             raise
-        rank = f" of rank {distributed.rank()}" if distributed.world_size() > 1 else ""
+        processes = launched()
+        rank = f" of rank {os.environ['RANK']}" if processes > 1 else ""
         if "DataLoader worker" in text:
             what, mend = f"a data worker{rank} ran", "lower data.workers or data.prefetch"
         else:
             what = f"the {'GPU' if on_gpu else 'host'}{rank} ran"
-            mend = " and ".join(mends(config, distributed.world_size())[:2])
+            mend = " and ".join(mends(config, processes)[:2])
             mend = f"set {mend}" if mend else "take a smaller model or train.global_batch_size"
         numbers = _gpu() if on_gpu else _host()
         told = UserError(f"{what} out of memory ({_asked(text)}{numbers}); {mend}")
