@@ -125,6 +125,8 @@ class _Console:
             if self.bar is not None:
                 self.bar.update(self.task, completed=row["step"], description=text)
                 return
+        elif row["kind"] == "guard":
+            text = row["text"]
         elif row["kind"] == "checkpoint":
             if "warning" not in row:
                 return

@@ -270,15 +270,19 @@ def _sizes(config: FinetuneConfig, splits: Splits) -> str:
     return sizes if config.search is None else f"{sizes}; {trainings(config)}"
 
 
-def too_many(rows: Rows, left_out: int) -> bool:
+def too_many(of: int, left_out: int) -> bool:
     """Whether so many rows and samples are more than a quarantine takes: one, or one in a thousand."""
-    return left_out > max(1, QUARANTINE_SHARE * (len(rows) + len(rows.damaged)))
+    return left_out > max(1, QUARANTINE_SHARE * of)
 
 
 def _quarantine(
     config: FinetuneConfig, folder: Path, rows: Rows, broken: Mapping[int, tuple[Picture, str]]
 ) -> None:
-    """List broken rows and damaged samples in quarantine.csv, or say which one to mend."""
+    """List broken rows of the table and damaged samples in quarantine.csv, or say which one to mend."""
+    size = len(rows)
+    if config.task.type == "matching":  # pairs that were made stand behind the table's rows
+        size = list(rows.targets).count(1)
+        broken = {i: found for i, found in broken.items() if i < size}
     what = str(rows.damaged[0]) if rows.damaged else ""
     if broken:
         first = min(broken)
@@ -294,9 +298,7 @@ def _quarantine(
     writer.writerows(["", one.key, one.place, one.reason] for one in rows.damaged)
     if distributed.rank() == 0:
         atomic_write_text(folder / "quarantine.csv", buffer.getvalue())
-    lost = len(broken)
-    if config.task.type == "matching":  # a picture of the table stands in made pairs too
-        lost = len({picture for picture, _ in broken.values()})
-    if too_many(rows, left_out := lost + len(rows.damaged)):
-        of, listed = len(rows) + len(rows.damaged), folder / "quarantine.csv"
+    left_out, of = (n + len(rows.damaged) for n in (len(broken), size))
+    if too_many(of, left_out):
+        listed = folder / "quarantine.csv"
         raise UserError(f"{what}; {left_out} of {of} rows are too many, {listed} lists them")

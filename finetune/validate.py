@@ -121,7 +121,7 @@ def _read(config: FinetuneConfig, findings: list[Finding]) -> Rows:
     rows = parse_rows(columns, data, folder, source=table.name, target=config.task.columns)
     rows = replace(rows, damaged=tuple(table.damaged))
     if rows.damaged:
-        fails = too_many(rows, len(rows.damaged)) or data.on_error == "raise"
+        fails = too_many(len(rows) + len(rows.damaged), len(rows.damaged)) or data.on_error == "raise"
         text = (
             f"{len(rows.damaged)} samples cannot be read, the first: {rows.damaged[0]}; mend or remove them"
         )
@@ -268,7 +268,7 @@ def _pictures(
             advance(1)
     broken = [i for i, cell in enumerate(cells) if any(found[picture] is None for picture in cell)]
     if broken:
-        many = too_many(rows, len(rows.damaged) + len(broken))
+        many = too_many(len(rows) + len(rows.damaged), len(rows.damaged) + len(broken))
         text = f"{len(broken)} rows name a picture that cannot be read; mend them or empty the cells"
         fails = many or config.data.on_error == "raise"
         findings.append(Finding("broken_picture", fails, text, _ids(rows, broken)))

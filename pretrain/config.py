@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ..configs.load import StrictModel
 from ..data.config import DataConfig
 from .contrastive import LossConfig
+from .guard_config import GuardConfig
 from .locking import LockConfig
 from .optim import OptimConfig
 from .retention import CheckpointConfig
@@ -87,6 +88,7 @@ class PretrainConfig(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: ValidationConfig = ValidationConfig()
     watch: WatchConfig = WatchConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -20,20 +20,34 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float) -> None:
         assert 0 < decay < 1
         self.decay = decay
-        self.updates = 0
+        self.updates: int | Tensor = 0  # a float64 [] on the device once it is told ``sound``
         self._average = {name: t.detach().clone() for name, t in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Take in the module's present weights; call after every optimizer step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, module: nn.Module, sound: Tensor | None = None) -> None:
+        """Take in the module's present weights; call after every optimizer step.
+
+        ``sound``: a bool [] on the device, for a host that does not wait to know it; nothing moves where it
+        is False, if the module has not moved either.
+        """
+        weight = self._weight(sound)
         for name, value in module.state_dict().items():
             average = local(self._average[name])
             if value.is_floating_point():
-                average.lerp_(local(value), 1 - decay)
+                weight_of = weight.to(average.dtype) if isinstance(weight, Tensor) else weight
+                average.lerp_(local(value), weight_of)
             else:
                 average.copy_(local(value))
-        self.updates += 1
+
+    def _weight(self, sound: Tensor | None) -> float | Tensor:
+        """Of the present weights in the average, which has one update more afterwards."""
+        if sound is None:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            self.updates += 1
+            return 1 - decay
+        updates = torch.as_tensor(self.updates, dtype=torch.float64, device=sound.device)
+        self.updates = updates + sound
+        return (1 - ((1 + updates) / (10 + updates)).clamp_max(self.decay)) * sound
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged state dict, under the module's own names (not a copy), sharded as the module is."""
@@ -52,7 +66,7 @@ class Ema:
 
     def state_dict(self) -> dict[str, int | float]:
         """Counters (JSON); the weights are saved apart, from ``weights()``."""
-        return {"decay": self.decay, "updates": self.updates}
+        return {"decay": self.decay, "updates": int(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, int | float], weights: Mapping[str, Tensor]) -> None:
         """Take counters and weights back. ``weights`` must have exactly the module's names and sharding."""

@@ -17,7 +17,7 @@ from .model import ContrastiveModel, LoadedModel
 from .retrieval import retrieval_scores, unique_captions
 from .statistics import Ints
 
-__all__ = ["Encoded", "encode_captions", "encode_images", "quick_retrieval"]
+__all__ = ["Encoded", "encode_captions", "encode_images", "evaluating", "quick_retrieval"]
 
 ImageEncoder = Callable[[Tensor], Tensor]
 TextEncoder = Callable[[Sequence[str]], Tensor]
@@ -83,7 +83,7 @@ def encode_captions(encode: TextEncoder, captions: Sequence[str]) -> dict[str, T
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Eval mode inside; afterwards every submodule is in the mode it was in (frozen ones stay frozen)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -131,7 +131,7 @@ def quick_retrieval(
             parts.append(root.encode_text(token_ids.to(device), seq_lens.to(device)).float().cpu())
         return torch.cat(parts)
 
-    with _evaluating(root), torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False):
+    with evaluating(root), torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False):
         images = encode_images(
             root.encode_image,
             shards,

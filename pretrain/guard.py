@@ -1,39 +1,315 @@
-"""Whether loss and gradients were finite in every step, without waiting for the device in each."""
+"""Guards a run's steps: what must not be applied is left out on the device, told, answered by going back.
+
+Loss and gradient norm are the same bits on every rank, as the loss is summed over all and the norm is taken
+of averaged gradients: a NaN on one rank is one on all, every rank decides alike, nothing more is exchanged.
+On a CPU a bad step is a branch. On a GPU the host does not wait to know: the optimizer's ``found_inf`` and a
+factor on the average keep everything where it is, and the numbers are read with the next row.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# torch has no public base
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
 from ..configs.errors import UserError
+from ..configs.files import Lines
+from . import distributed
+from .agree import on_rank_0, together
+from .checkpoint import newest_checkpoint
+from .collapse import ALIKE, at_chance, feature_std, works
+from .guard_config import GuardConfig
+from .ladder import Ladder
+from .replicas import compare, fingerprint, fingerprint_json
+from .spikes import SpikeWatch
+from .state import TrainState
+from .tracking import cut_metrics
 
-__all__ = ["FiniteGuard"]
+__all__ = ["Guard"]
+
+_SOUND, _NOT_FINITE, _SPIKE, _OVERFLOW = range(4)
+_AT_MOST = 100  # steps whose numbers wait on the device
+
+Tell = Callable[[dict[str, Any]], None]
 
 
-class FiniteGuard:
-    """Remembers, on the device, the first step whose numbers were not finite.
+@dataclass(frozen=True)
+class _Step:
+    """A step that is not yet judged on the host: ``numbers`` float64 [3] on the device are verdict, loss and
+    gradient norm; the rest says which samples this rank had in it."""
 
-    ``check`` fetches it: before anything is saved, scored or told, and where ``waits`` is False, because it
-    costs nothing there (a CPU), after every step.
-    """
+    step: int
+    epoch: int
+    sample_ids: Tensor
+    sources: Tensor
+    numbers: Tensor
 
-    def __init__(self, device: torch.device, *, scaled: bool) -> None:
-        """``scaled``: fp16's scaler copes with gradients that overflow, so the loss alone is looked at."""
-        self._scaled = scaled
-        self._first = torch.full((3,), -1.0, dtype=torch.float64, device=device)
-        self.waits = device.type != "cpu"
 
-    def look(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Take in a step's loss and gradient norm, one-element tensors on the device."""
-        loss, grad_norm = loss.detach().double().reshape(()), grad_norm.detach().double().reshape(())
-        finite = torch.isfinite(loss) if self._scaled else torch.isfinite(loss) & torch.isfinite(grad_norm)
-        seen = torch.stack([torch.full_like(loss, step), loss, grad_norm])
-        self._first = torch.where(finite | (self._first[0] >= 0), self._first, seen)
+class Guard:
+    """One rank's guard over its share of a run; all ranks call the same methods in the same order."""
 
-    def check(self, lr: float) -> None:
-        """Raise UserError if a step since the beginning was not finite; ``lr`` is the peak rate to lower."""
-        step, loss, grad_norm = self._first.tolist()  # sync point
-        if step >= 0:
+    def __init__(
+        self,
+        config: GuardConfig,
+        state: TrainState,
+        folder: Path,
+        *,
+        peak_lr: float,
+        tell: Tell,
+        waits: bool | None = None,
+    ) -> None:
+        """``tell`` gets a row for the metrics. ``waits``: whether the numbers of a step wait on the device,
+        by default on all but a CPU."""
+        self.config, self.ladder = config, Ladder(config)
+        self.path = folder / "bad_steps.jsonl"
+        self._lines = Lines(self.path)
+        self._state, self._folder, self._lr, self._tell = state, folder, peak_lr, tell
+        self._scaled = state.scaler is not None
+        self._waits = state.device.type != "cpu" if waits is None else waits
+        self._spikes = SpikeWatch(config.spike, state.device) if config.spike.action != "off" else None
+        self._steps: list[_Step] = []
+        norms = [module for module in state.root.modules() if isinstance(module, _BatchNorm)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._before: list[Tensor] = []
+        self._clamped: Tensor | float = 0.0
+        self._since_row, self._compared, self._ready = 0, state.step, -1
+        self.wait_for_saves: Callable[[], None] = lambda: None
+        """Called before a checkpoint is looked for, by all ranks."""
+        self.sound: Tensor | None = None
+        """Where the host does not wait: whether the present step is applied, a bool [] on the device."""
+        if self._waits:
+            state.optimizer.register_step_pre_hook(self._leave_out)
+
+    def _leave_out(self, optimizer: Any, *_: Any) -> None:
+        assert self.sound is not None
+        optimizer.found_inf = (~self.sound).float()
+
+    def enter(self) -> None:
+        """Before a step's forward, in which batch norms count what they see."""
+        self._before = [buffer.clone() for buffer in self._statistics]
+
+    @torch.no_grad()
+    def passes(self, batch: Mapping[str, Any], loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may step. True where the host does not wait; then ``sound`` says it.
+
+        loss, grad_norm: one-element tensors on the device.
+        """
+        loss, grad_norm = loss.detach().reshape(()), grad_norm.detach().reshape(())
+        told, finite = torch.isfinite(loss), torch.isfinite(loss) & torch.isfinite(grad_norm)
+        verdict = torch.where(finite, _SOUND, _NOT_FINITE)
+        if self._scaled:  # fp16's scaler copes with gradients that overflow
+            verdict = torch.where(told & ~finite, _OVERFLOW, verdict)
+        if self._spikes is not None:
+            verdict = torch.where(self._spikes.look(loss, grad_norm) & finite, _SPIKE, verdict)
+        numbers = torch.stack([verdict.double(), loss.double(), grad_norm.double()])
+        step = self._state.step + 1
+        self._steps.append(_Step(step, batch["epoch"], batch["sample_id"], batch["source"], numbers))
+        self._since_row += 1
+        sound = verdict == _SOUND
+        if self.config.spike.action != "skip":
+            sound |= verdict == _SPIKE
+        if not self._waits:
+            if passes := bool(sound):
+                return passes
+            for buffer, before in zip(self._statistics, self._before, strict=True):
+                buffer.copy_(before)
+            return False
+        self.sound = sound
+        for buffer, before in zip(self._statistics, self._before, strict=True):
+            buffer.copy_(torch.where(sound, buffer, before))
+        return True
+
+    def clamped(self, bound: Tensor) -> None:
+        """Take in whether the logit scale was clamped."""
+        self._clamped = self._clamped + bound
+
+    def settle(self, *, due: bool = True) -> None:
+        """After a step: read the numbers that wait, name bad steps and climb the ladder; ``due`` where the
+        device is waited for anyway. Raises UserError, on every rank, at the ladder's end and where processes
+        no longer hold the same."""
+        if self._waits and not due and len(self._steps) < _AT_MOST:
+            return
+        steps, self._steps = self._steps, []
+        if steps:
+            values = torch.stack([one.numbers for one in steps]).tolist()  # sync point
+            rungs = [self._judge(one, *numbers) for one, numbers in zip(steps, values, strict=True)]
+            if worst := next((rung for rung in ("stop", "rollback") if rung in rungs), ""):
+                self._climb(worst, values[-1])
+        every = self.config.replicas_every_steps
+        if every and self._state.step // every > self._compared // every:
+            self._compare()
+
+    def ready(self, *, to_save: bool) -> None:
+        """Before weights are scored or saved: nothing waits, they give finite features and, to be saved, are
+        the same on all ranks. Raises UserError as ``settle`` does."""
+        self.settle()
+        if self._ready == self._state.step:
+            return
+        if to_save and self.config.replicas_every_steps and self._compared < self._state.step:
+            self._compare()
+        if not works(self._state.root):
+            self._climb(self.ladder.back(), [_NOT_FINITE, math.inf, math.nan])
+        self._ready = self._state.step if to_save else -1
+
+    def _judge(self, one: _Step, verdict: float, loss: float, grad_norm: float) -> str:
+        if verdict == _SOUND:
+            return ""
+        numbers = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+        if verdict == _OVERFLOW:
+            self.ladder.overflows += 1
+            return ""
+        if verdict == _SPIKE:
+            self.ladder.spikes += 1
+            if self.config.spike.action == "warn":
+                self._say("spike", one.step, f"step {one.step} is a spike ({numbers})")
+                return ""
+        rung = self.ladder.bad(one.step)
+        reason = "spike" if verdict == _SPIKE else "not finite"
+        mine = {"step": one.step, "ids": one.sample_ids.tolist(), "sources": one.sources.tolist()}
+        everyone = distributed.gather_json(mine)
+        assert {part["step"] for part in everyone} == {one.step}, "ranks judge a step differently"
+        self._write(
+            {
+                "step": one.step,
+                "reason": reason,
+                "loss": _plain(loss),
+                "grad_norm": _plain(grad_norm),
+                "epoch": one.epoch,
+                "sample_ids": [number for part in everyone for number in part["ids"]],
+                "sources": [number for part in everyone for number in part["sources"]],
+            }
+        )
+        recent, window = len(self.ladder.recent), self.config.window_steps
+        counted = f"{recent} of the last {window} steps; its samples are in {self.path.name}"
+        self._say("skip", one.step, f"step {one.step} is left out: {reason} ({numbers}); {counted}")
+        return rung
+
+    def _climb(self, rung: str, last: list[float]) -> None:
+        """Go back, or stop."""
+        state, bad = self._state, list(self.ladder.recent)
+        if rung == "stop":
+            raise UserError(self._end(last, f"after going back {self.ladder.rollbacks} times"))
+        self.wait_for_saves()
+        run, before = self._folder, bad[0] if bad else state.step
+
+        def target() -> str:
+            return str(newest_checkpoint(run, before=before) or newest_checkpoint(run) or "")
+
+        name = distributed.broadcast_json(on_rank_0(target))
+        if not name:
+            raise UserError(self._end(last, "and there is no checkpoint to go back to"))
+        with together():
+            step = int(state.go_back(Path(name))["step"])
+        self.ladder.went_back()
+        passed = {"first_step": step + 1, "last_step": state.step}
+        self._write({"step": state.step, "reason": "rollback", "checkpoint": Path(name).name, **passed})
+        self._say(
+            "rollback",
+            state.step,
+            f"weights are those of step {step} again, the batches of steps {step + 1} to {state.step} are "
+            f"passed over ({self.ladder.rollbacks} of {self.config.max_rollbacks} times)",
+        )
+
+    def _end(self, last: list[float], why: str) -> str:
+        recent = self.ladder.recent
+        left_out = f"left out: steps {', '.join(map(str, recent[-8:]))}"
+        bad = left_out if recent else "weights give no finite features"
+        return (
+            f"optim.lr: the loss diverged at step {self._state.step} (loss {last[1]:.4g}, gradient norm "
+            f"{last[2]:.4g}; {bad}), {why}; lower optim.lr (now {self._lr:g}) or lengthen "
+            f"schedule.warmup_samples, look at the samples in {self.path}, or raise guard.max_skips or "
+            "guard.max_rollbacks to go on; checkpoints up to here are untouched"
+        )
+
+    def _compare(self) -> None:
+        """Raise UserError, on every rank, if the processes no longer hold the same."""
+        state = self._state
+        self._compared = state.step
+        if distributed.world_size() == 1:
+            return
+        counters = [state.step, state.samples_seen, self.ladder.counts(), self.ladder.recent]
+        prints = {name: fingerprint(value) for name, value in state.kept_alike().items()}
+        prints["the place in the data"] = fingerprint_json(state.stream.state_dict())
+        prints["the run's counters"] = fingerprint_json(counters)
+        if (difference := compare(prints)) is not None:
             raise UserError(
-                f"optim.lr: the loss diverged at step {int(step)} (loss {loss:.4g}, gradient norm "
-                f"{grad_norm:.4g}); lower optim.lr (now {lr:g}) or lengthen schedule.warmup_samples; "
-                "checkpoints up to here are untouched"
+                f"guard.replicas_every_steps: at step {state.step} the processes no longer hold the same: "
+                f"{difference}; nothing of it was saved, the same command goes on from the newest "
+                "checkpoint; look at that process's memory or GPU, or set 0 where devices of several kinds "
+                "round differently"
             )
+
+    def row(self, out: Mapping[str, Tensor]) -> dict[str, float]:
+        """For a row of metrics: what happened since the run's beginning, the share of steps since the last
+        row in which the logit scale was clamped, and how far this rank's features (``image_features`` and
+        ``text_features`` [b, D]) are spread."""
+        spread = torch.stack([feature_std(out[f"{kind}_features"]) for kind in ("image", "text")]).tolist()
+        share = float(self._clamped) / max(1, self._since_row)
+        self._clamped, self._since_row = 0.0, 0
+        self._warn_of_collapse(min(spread) * out["image_features"].shape[1] ** 0.5)
+        row: dict[str, float] = {"logit_scale_clamped": share}
+        row |= {"image_feature_std": spread[0], "text_feature_std": spread[1], **self.ladder.counts()}
+        return row | ({"overflows": self.ladder.overflows} if self._scaled else {})
+
+    def _warn_of_collapse(self, spread: float) -> None:
+        if self._late() and spread < ALIKE and self.ladder.first_time("alike"):
+            self._say(
+                "collapse",
+                self._state.step,
+                "features are nearly all alike, so the model tells nothing apart: lower optim.lr, lengthen "
+                "schedule.warmup_samples, or look at what data.captions draws",
+            )
+
+    def scored(self, scores: Mapping[str, float], images: int) -> None:
+        """Take in held-out retrieval over so many images; on rank 0."""
+        if self._late() and at_chance(scores, images) and self.ladder.first_time("chance"):
+            self._say(
+                "chance",
+                self._state.step,
+                f"held-out retrieval is at the level of guessing after {self._state.samples_seen} samples: "
+                "look at whether captions belong to their images (`diptych data verify`) and at optim.lr",
+            )
+
+    def _late(self) -> bool:
+        after = self.config.collapse_after_samples
+        return after is not None and self._state.samples_seen >= after
+
+    def _say(self, event: str, step: int, text: str) -> None:
+        self._tell({"event": event, "at_step": step, "text": text})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if distributed.rank() == 0:
+            self._lines.add(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Close the list of bad steps."""
+        self._lines.close()
+
+    def resume(self, step: int) -> None:
+        """Forget what came after ``step``."""
+        self._compared = step
+        if distributed.rank() == 0:
+            cut_metrics(self.path, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON; nothing waits."""
+        assert not self._steps
+        spikes = None if self._spikes is None else self._spikes.state_dict()
+        return {**self.ladder.state_dict(), "spike_window": spikes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.ladder.load_state_dict(state)
+        if self._spikes is not None and state["spike_window"] is not None:
+            self._spikes.load_state_dict(state["spike_window"])
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)

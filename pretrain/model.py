@@ -194,11 +194,17 @@ def _has_convolutions(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep logit_scale in [0, ln 100] (CLIP, section 2.5); call after every optimizer step."""
+def clamp_logit_scale(model: nn.Module) -> Tensor:
+    """Keep logit_scale in [0, ln 100] (CLIP, section 2.5); call after every optimizer step.
+
+    Returns whether that changed it, a bool [] on its device.
+    """
+    bound = torch.zeros((), dtype=torch.bool)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] == "logit_scale":
+            bound = ((parameter < 0) | (parameter > math.log(100))).any()
             parameter.clamp_(0, math.log(100))
+    return bound
 
 
 class Root(Protocol):

@@ -97,7 +97,8 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     # torch's own is less exact
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of all parameters that have a gradient."""
+        """One update of all parameters that have a gradient; of none where the attribute ``found_inf``, a
+        float [] on the device, is 1, as torch's fused optimizers have it."""
         assert closure is None
         every = self.param_groups
         self.param_groups = [group for group in every if "stacked" not in group]
@@ -117,11 +118,20 @@ class Muon(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         gradient, buffer = parameter.grad, state["momentum_buffer"]
         assert gradient is not None
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        if skip is not None:  # a momentum moved towards itself stays
+            own = distributed.local(gradient)
+            own.copy_(torch.where(skip == 0, own, distributed.local(buffer)))
         buffer.lerp_(gradient, 1 - self.momentum)
         ahead = distributed.whole(gradient.lerp(buffer, self.momentum))  # Nesterov's
         matrices = ahead.reshape(group["stacked"], ahead.shape[0] // group["stacked"], -1)
         scale = _RMS * max(matrices.shape[1:]) ** 0.5
         update = distributed.like(parameter, orthogonal(matrices).reshape(ahead.shape))
         own = distributed.local(parameter)
-        own.mul_(1 - group["lr"] * group["weight_decay"])
-        own.add_(distributed.local(update), alpha=-group["lr"] * scale)
+        if skip is None:
+            own.mul_(1 - group["lr"] * group["weight_decay"])
+            own.add_(distributed.local(update), alpha=-group["lr"] * scale)
+        else:
+            rate = group["lr"] * (1 - skip)
+            own.mul_(1 - rate * group["weight_decay"])
+            own.addcmul_(distributed.local(update), (-rate * scale).to(own.dtype))

@@ -5,6 +5,7 @@ run stopped.
 """
 
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +22,7 @@ from .ending import clear_end
 from .engine import build_accelerator, keep_freed_memory, on_rank_0, prepare, set_threads, together
 from .fit import check_fit, check_length
 from .flops import Costs
-from .guard import FiniteGuard
+from .guard import Guard
 from .locking import lock
 from .model import ContrastiveModel, build_model, image_size, open_clip_config
 from .optim import build_optimizer
@@ -33,12 +34,26 @@ from .state import TrainState
 from .tracking import Tracker, cut_metrics
 from .watch import Watch
 
-__all__ = ["RunParts"]
+__all__ = ["RunParts", "Show"]
+
+
+class Show(Protocol):
+    """Who tells the user how a run goes; called on rank 0 alone."""
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Once, before the first step: what the run is."""
+        ...
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Every row that is logged."""
+        ...
 
 
 class RunParts:
     """One process's share of a run: model, data, engine and folder. Raises UserError for what the user can
     mend, on every rank alike."""
+
+    show: Show | None = None
 
     def __init__(self, config: PretrainConfig, device: torch.device, watch: Watch) -> None:
         self.config, self.device, self.watch = config, device, watch
@@ -109,7 +124,14 @@ class RunParts:
         ema = Ema(self.clip, config.optim.ema_decay) if config.optim.ema_decay else None
         scaler = self.accelerator.scaler
         self.state = TrainState(self.root, optimizer, self.stream, ema, scaler, self.device)
-        self.guard = FiniteGuard(self.device, scaled=scaler is not None)
+        guard = Guard(
+            config.guard,
+            self.state,
+            run_path(config),
+            peak_lr=config.optim.lr,
+            tell=lambda row: self.log("guard", row),
+        )
+        self.guard = self.state.guard = guard
 
     def _open_folder(self) -> None:
         """The held-out shards, and the run folder where the run stopped or at its start."""
@@ -135,11 +157,25 @@ class RunParts:
                 clear_end(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
+        self.guard.resume(self.state.step)
         facts = {"config_sha256": config_hash(config)}
         self.saver = Saver(self.folder, self.state, config.checkpoint, facts)
+        self.guard.wait_for_saves = self.saver.wait
         self.tracker = on_rank_0(
             lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
         )
+
+    def log(self, kind: str, row: dict[str, Any]) -> None:
+        """Add a row to the metrics, and show it; on rank 0."""
+        if self.tracker is None:
+            return
+        state = self.state
+        full = {"kind": kind, "step": state.step, "samples_seen": state.samples_seen, **row}
+        if kind == "train":
+            full["bad_samples"] = self.quarantine.count
+        self.tracker.log(full)
+        if self.show is not None:
+            self.show.row(full)
 
     def _total_steps(self) -> int:
         train = self.config.train
@@ -151,6 +187,7 @@ class RunParts:
     def close(self) -> None:
         """Stop workers and close files."""
         self.saver.close()
+        self.guard.close()
         self.stream.close()
         if self.tracker is not None:
             self.tracker.finish()

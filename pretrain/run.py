@@ -18,6 +18,7 @@ FREE = (
     "name",
     "out",
     "checkpoint",
+    "guard",
     "tracking",
     "watch",
     "evaluate",

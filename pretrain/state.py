@@ -218,6 +218,17 @@ class TrainState:
         names = {id(p): name for name, p in self.clip.named_parameters()}
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
+    def kept_alike(self) -> dict[str, Tensor]:
+        """What all processes hold whole and bit for bit alike, by name: weights, buffers, the optimizer's
+        state, averages. Not what is sharded."""
+        averages = {} if self.ema is None else self.ema.weights()
+        tensors = {
+            **self.clip.state_dict(),
+            **{f"optimizer of {name}": value for name, value in self._optimizer_tensors().items()},
+            **{f"average of {name}": value for name, value in averages.items()},
+        }
+        return {name: value for name, value in tensors.items() if not distributed.is_sharded(value)}
+
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state: dict[int, dict[str, Tensor]] = self.optimizer.state_dict()["state"]
         names = self._names()

@@ -6,6 +6,7 @@ one id do not merge there: each start is a W&B run of its own, all in one group 
 """
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,10 @@ class Tracker:
         self._wandb = None if config.wandb == "off" else _start_wandb(folder, config, run_config)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Add a row. It must hold ``kind`` and ``step``; ``samples_seen`` is W&B's axis where given."""
-        self._lines.add(json.dumps(row) + "\n")
+        """Add a row. It must hold ``kind`` and ``step``; ``samples_seen`` is W&B's axis where given. Numbers
+        that are not finite are null in the file."""
+        odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        self._lines.add(json.dumps({**row, **odd}) + "\n")
         if self._wandb is not None:
             kind = row["kind"]
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from .memory import memory_told
 from .model import clamp_logit_scale
 from .optim import clip_gradients, set_lr
 from .owner import RunLock
-from .parts import RunParts
+from .parts import RunParts, Show
 from .run import run_path
 from .schedule import lr_at
 from .stages import patch_dropout_at
@@ -38,18 +38,6 @@ from .watch import Watch, record_flights
 __all__ = ["Outcome", "Show", "train"]
 
 Batch = dict[str, Any]
-
-
-class Show(Protocol):
-    """Who tells the user how a run goes; called on rank 0 alone."""
-
-    def start(self, facts: dict[str, Any]) -> None:
-        """Once, before the first step: what the run is."""
-        ...
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Every row that is logged."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,14 +90,12 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
 class _Run(RunParts):
     """The loop over one process's share of a run."""
 
-    show: Show | None = None
-
     def go(self, stop: StopRequest) -> Outcome:
         """The loop."""
         config, state = self.config, self.state
         if self.show is not None:
             self.show.start(self._facts())
-        self.saver.tell = partial(self._log, "checkpoint")
+        self.saver.tell = partial(self.log, "checkpoint")
         precision = config.train.precision
         clock = Clock(
             state.samples_seen,
@@ -140,14 +126,12 @@ class _Run(RunParts):
             with clock.part("update"):
                 self.accelerator.unscale_gradients(self.optimizer)
                 grad_norm = clip_gradients(self.root.parameters(), config.optim.clip_grad_norm)
-                self.guard.look(state.step + 1, out["loss"], grad_norm)
-                if not self.guard.waits:
-                    self.guard.check(config.optim.lr)
-                self.optimizer.step()
+                if self.guard.passes(batch, out["loss"], grad_norm):
+                    self.optimizer.step()
+                    self.guard.clamped(clamp_logit_scale(self.root))
+                    if state.ema is not None:
+                        state.ema.update(self.clip, self.guard.sound)
                 self.optimizer.zero_grad()
-                clamp_logit_scale(self.root)
-                if state.ema is not None:
-                    state.ema.update(self.clip)
             state.step += 1
             state.samples_seen += self.batch_size
             self.watch.step_done()
@@ -155,20 +139,23 @@ class _Run(RunParts):
 
             # -- what the step leaves behind
             last = state.step == self.total_steps
-            if state.step % config.train.log_every_steps == 0 or last:
-                self.guard.check(config.optim.lr)
+            logged = state.step % config.train.log_every_steps == 0 or last
+            self.guard.settle(due=logged)
+            if logged:
                 row = {"epoch": batch["epoch"], "loss": out["loss"].item(), "lr": lr}
                 row |= {"logit_scale": out["logit_scale"].item(), "grad_norm": grad_norm.item()}
-                self._log("train", row | clock.row(state.samples_seen, self.world_size))
+                row |= self.guard.row(out)
+                self.log("train", row | clock.row(state.samples_seen, self.world_size))
             if self._validation_due():
                 with clock.paused():
+                    self.guard.ready(to_save=False)
                     self._validate(stop)
             if self.saver.due(state.step):
                 with clock.paused():
-                    self.guard.check(config.optim.lr)
+                    self.guard.ready(to_save=True)
                     self.saver.save()
-        self.guard.check(config.optim.lr)
         self.watch.be_patient()
+        self.guard.ready(to_save=True)
         self.saver.finish()
         return self._end(stop)
 
@@ -184,6 +171,7 @@ class _Run(RunParts):
         )
         set_lr(self.optimizer, lr)
         self.root.patch_dropout = patch_dropout_at(config.stages, seen, self.patch_dropout)
+        self.guard.enter()
         return lr
 
     def _loss(self, batch: Batch, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -254,18 +242,8 @@ class _Run(RunParts):
                 look=stop.look,
             )
             self.saver.scored(scores)
-            self._log("eval", dict(scores))
-
-    def _log(self, kind: str, row: dict[str, Any]) -> None:
-        if self.tracker is None:
-            return
-        state = self.state
-        full = {"kind": kind, "step": state.step, "samples_seen": state.samples_seen, **row}
-        if kind == "train":
-            full["bad_samples"] = self.quarantine.count
-        self.tracker.log(full)
-        if self.show is not None:
-            self.show.row(full)
+            self.log("eval", dict(scores))
+            self.guard.scored(scores, min(len(self.held_out), self.config.evaluate.max_images))
 
     def _facts(self) -> dict[str, Any]:
         return {

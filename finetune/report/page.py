@@ -107,10 +107,12 @@ def newest_runs(parent: Path) -> list[Path]:
     none."""
     newest: dict[str, tuple[float, Path]] = {}
     for folder in sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []:
-        kind = _kind(folder)
+        found = _with_holdout(folder)
+        kind = _kind(found[0])
         if kind in ("pretrain", "finetune"):
             names = ("metrics.jsonl", "results.json", "config.yaml")
-            times = [(folder / n).stat().st_mtime for n in names if (folder / n).is_file()]
+            files = [one / name for one in found for name in names]
+            times = [file.stat().st_mtime for file in files if file.is_file()]
             newest[kind] = max(newest.get(kind, (0.0, folder)), (max(times, default=0.0), folder))
     if not newest:
         raise UserError(f"there are no runs in {parent}; give their folders, for instance runs/NAME")

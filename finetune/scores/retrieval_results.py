@@ -54,8 +54,8 @@ def retrieval_headline(result: Json) -> str:
     return f"{text}, {gain} ({100 * versus['low']:+.1f} to {100 * versus['high']:+.1f}), {verdict} zero-shot."
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{100 * value:.1f}"
 
 
 def rank_columns(targets: Ints, p: Mapping[str, Floats]) -> dict[str, Any]:

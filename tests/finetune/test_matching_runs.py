@@ -1,5 +1,6 @@
 """Whole runs of matching: pairs of a table, and pairs that are made not to match."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -108,5 +109,8 @@ def test_thresholds_and_a_broken_picture_of_a_test_pair(tmp_path: Path) -> None:
     results = run_pairs(tmp_path, "{type: matching}", eval=", threshold: auto, calibration: platt", **options)
     assert results["threshold"]["setting"] == "auto"
     assert list(results["threshold"]["heads"]["bilinear"]) == ["1"]
-    assert len((tmp_path / "run" / "quarantine.csv").read_text().splitlines()) == 3  # the made pair too
+    with (tmp_path / "run" / "quarantine.csv").open() as file:
+        (listed,) = csv.DictReader(file)  # the row of the table, and no pair that was made of it
+    assert (listed["row"], listed["id"]) == (str(place + 1), rows[place][0])
+    assert listed["image"] == str(tmp_path / rows[place][1])
     assert results["n_test"] == 2 * sum(row[4] == "test" for row in rows) - 2

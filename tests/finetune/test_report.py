@@ -182,6 +182,11 @@ def test_without_arguments_the_newest_run_of_each_kind_is_taken(tmp_path: Path) 
             os.utime(file, (1000 + i % 2, 1000 + i % 2))
     make_finetune(tmp_path / "fine")
     assert newest_runs(tmp_path) == [tmp_path / "pre-b", tmp_path / "fine"]
+    make_finetune(tmp_path / "held" / "holdout")  # a test at the end of no cross-validation
+    for file in (tmp_path / "held" / "holdout").iterdir():
+        os.utime(file, (3e9, 3e9))
+    assert newest_runs(tmp_path) == [tmp_path / "pre-b", tmp_path / "held"]
+    assert "held/holdout" in write_report([tmp_path / "held"]).read_text()
     with pytest.raises(UserError, match="no runs in"):
         newest_runs(tmp_path / "none")
 

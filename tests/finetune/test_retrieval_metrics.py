@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.finetune.scores.intervals import paired_intervals
+from diptych.finetune.scores.results import headline
 from diptych.finetune.tasks.retrieval_metrics import KS, RETRIEVAL, WAYS, chances, galleries
 from diptych.finetune.tasks.task import Task
 
@@ -151,6 +152,19 @@ def test_gains_are_positive_where_a_head_is_better_and_all_hits_are_no_certainty
     sure = scores["own"]["text_to_image_R@10"]
     assert sure.value == 1
     assert sure.low < 1
+
+
+def test_a_headline_tells_what_is_undefined() -> None:
+    """With few resamples none may hold a query: then there are values and no intervals."""
+    nothing = {"value": 0.5, "low": None, "high": None}
+    names = ("mean_recall", *(f"{way}_R@1" for way in WAYS))
+    head = {"metrics": dict.fromkeys(names, nothing)}
+    result: dict[str, Any] = {"type": "retrieval", "best": "own", "heads": {"own": head}, "chance": None}
+    result["chances"] = dict.fromkeys(names)
+    result["galleries"] = {"n": 1} | {way: {"size": 9} for way in WAYS}
+    said = headline(result)
+    assert "mean recall is 50.0 % (undefined to undefined; chance undefined)" in said
+    assert "(R@1; chance undefined and undefined)" in said
 
 
 def test_the_mean_of_seeds_is_the_mean_of_their_cosines() -> None:
