@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, score, print the table, say where the files are."""
     from ..configs.errors import UserError
     from ..configs.load import load_config, to_yaml
+    from ..configs.parent import end_with_launcher
     from ..finetune.config import FinetuneConfig
 
     if args.json and not args.validate:
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from ..finetune.protocol import finetune, run_folder
     from .progress import progress
 
+    end_with_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # how a launcher ends the others when one has ended
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = finetune(config, progress=progress, say=lambda text: print(text, file=sys.stderr, flush=True))

@@ -157,6 +157,11 @@ def _apply(data: Json, override: str) -> None:
     node = data
     for part in parts[:-1]:
         inner = node.get(part)
+        if isinstance(inner, str):
+            raise UserError(
+                f"override '{override}': {part} is '{inner}' and has no keys; write {part} as a section, "
+                f"{part}={{..}}"
+            )
         if not isinstance(inner, dict):
             inner = {}
         node[part] = dict(inner)

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
@@ -224,6 +224,12 @@ class Stream(Iterator[Batch]):
         self.close()
         self._order = order
         self._epoch, self._step = state["epoch"], state["step"]
+
+    def skip_to_next_epoch(self, state: Mapping[str, Any]) -> None:
+        """Go on after a state of other data or another order: with the next epoch, unless one had just
+        ended."""
+        self.close()
+        self.place = int(state["epoch"]) + (state["step"] > 0), 0
 
     def close(self) -> None:
         """Stop the workers. The stream may go on afterwards, with new ones, from where it is."""

@@ -17,11 +17,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from ..configs.files import atomic_write_text
 from ..pretrain import distributed
-from ..pretrain.agree import others_watched
+from ..pretrain.agree import on_rank_0, others_watched
+from ..pretrain.owner import RunLock
 from .config import FinetuneConfig
 from .crossval import cross_validate
 from .deal import train_all
@@ -50,30 +52,34 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
     """
     device_of(config.device)  # tells one that is not there
     distributed.setup(config.device, timeout_s=TIMEOUT_S)
+    lock = RunLock(run_folder(config))
     try:
         with others_watched():
             distributed.alone()
+            on_rank_0(lock.take)
             if distributed.rank() > 0:
                 progress, say = silent, log.debug
             return distributed.broadcast_json(_finetune(config, progress, say))
     finally:
+        lock.release()
         distributed.teardown()
 
 
 def _finetune(config: FinetuneConfig, progress: Progress, say: Say) -> dict[str, Any]:
     """One process's share; the result is the first one's."""
-    sessions = open_sessions(config, progress, say)
-    journal = sessions[0].journal
-    try:
-        result = _fixed(sessions[0], say) if config.eval.folds is None else cross_validate(sessions, say)
-    except BaseException:
-        journal.finish(exit_code=1)
-        raise
-    journal.finish()
-    if distributed.rank() == 0:
-        atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
-        for session in sessions:  # also of heads that the config no longer has
-            shutil.rmtree(session.place / "training", ignore_errors=True)
+    with ExitStack() as held:
+        sessions = open_sessions(config, progress, say, held)
+        journal = sessions[0].journal
+        try:
+            result = _fixed(sessions[0], say) if config.eval.folds is None else cross_validate(sessions, say)
+        except BaseException:
+            journal.finish(exit_code=1)
+            raise
+        journal.finish()
+        if distributed.rank() == 0:
+            atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
+            for session in sessions:  # also of heads that the config no longer has
+                shutil.rmtree(session.place / "training", ignore_errors=True)
     return result
 
 

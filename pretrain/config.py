@@ -10,6 +10,7 @@ from .contrastive import LossConfig
 from .guard_config import GuardConfig
 from .locking import LockConfig
 from .optim import OptimConfig
+from .resume import ResumeConfig
 from .retention import CheckpointConfig
 from .schedule import ScheduleConfig
 from .stages import Stage
@@ -88,6 +89,7 @@ class PretrainConfig(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
     guard: GuardConfig = GuardConfig()
     evaluate: ValidationConfig = ValidationConfig()
     watch: WatchConfig = WatchConfig()

@@ -17,15 +17,19 @@ from ..configs.files import atomic_write_text
 from .checkpoint import newest_step, read_document
 from .owner import RunLock
 
-__all__ = ["FINISHED", "STOPPED", "clear_end", "mark_end", "stopped_early"]
+__all__ = ["FINISHED", "STOPPED", "begun", "goes_on", "mark_end", "stopped_early"]
 
 STOPPED, FINISHED = "stopped.json", "finished.json"
 
 
-def clear_end(run: Path) -> None:
-    """The run goes on."""
-    for name in (STOPPED, FINISHED):
-        (run / name).unlink(missing_ok=True)
+def begun(run: Path) -> None:
+    """A start: the last stop is past, also if this start fails."""
+    (run / STOPPED).unlink(missing_ok=True)
+
+
+def goes_on(run: Path) -> None:
+    """There are steps to do."""
+    (run / FINISHED).unlink(missing_ok=True)
 
 
 def mark_end(run: Path, step: int, samples_seen: int, reason: str) -> None:
@@ -35,7 +39,8 @@ def mark_end(run: Path, step: int, samples_seen: int, reason: str) -> None:
     document["checkpoint"] = None if newest is None else f"checkpoints/{newest[1].name}"
     if reason:
         document["reason"] = reason
-    clear_end(run)
+    begun(run)
+    goes_on(run)
     atomic_write_text(run / (STOPPED if reason else FINISHED), json.dumps(document) + "\n")
 
 

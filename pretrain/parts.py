@@ -14,11 +14,11 @@ from ..data.shards import open_shards
 from ..data.stream import open_stream
 from ..data.text import tokenizer_for
 from . import distributed
-from .checkpoint import newest_or_none, remove_leftovers
+from .checkpoint import remove_leftovers
 from .compiled import compile_blocks
 from .config import PretrainConfig
 from .ema import Ema
-from .ending import clear_end
+from .ending import goes_on
 from .engine import build_accelerator, keep_freed_memory, on_rank_0, prepare, set_threads, together
 from .fit import check_fit, check_length
 from .flops import Costs
@@ -28,7 +28,8 @@ from .model import ContrastiveModel, build_model, image_size, open_clip_config
 from .optim import build_optimizer
 from .prefetch import PixelCopier
 from .quarantine import Quarantine
-from .run import config_hash, open_run, run_path
+from .resume import start_from
+from .run import NONE, compare, config_hash, run_path, write_config
 from .saver import Saver, require_shared
 from .state import TrainState
 from .tracking import Tracker, cut_metrics
@@ -99,7 +100,8 @@ class RunParts:
             pin_memory=self.device.type == "cuda",
         )
         self.total_steps = self._total_steps()
-        check_length(config, self.total_steps * self.batch_size)
+        self.total_samples = self.total_steps * self.batch_size
+        check_length(config, self.total_samples)
         self.micro_batches = config.train.micro_batches(self.world_size)
 
     def _check_data(self) -> None:
@@ -138,23 +140,27 @@ class RunParts:
         config = self.config
         held_out = config.evaluate.data
         self.held_out = on_rank_0(lambda: open_shards(held_out, **config.data.storage)) if held_out else None
-        on_rank_0(lambda: open_run(config))
         self.folder = run_path(config)
         self.quarantine = Quarantine(
             self.folder / "quarantine.jsonl",
             lambda seen: config.data.bad_allowed(seen, self.stream.num_samples),
         )
-        newest = on_rank_0(lambda: str(newest_or_none(self.folder) or ""))
+        newest = on_rank_0(lambda: str(start_from(config.resume, self.folder) or ""))
         name = distributed.broadcast_json(newest)
         if self.world_size > 1 and (name or self.state.sharded):
             require_shared(self.folder)
+        changes = on_rank_0(lambda: compare(config, self._stored(name), force=config.resume.force))
         if name:
             with together():
-                self.state.load(Path(name))
+                self.state.load(Path(name), **config.resume.model_dump(exclude={"start"}))
+            left = max(0, self.total_samples - self.state.samples_seen)
+            self.total_steps = self.state.step - (-left // self.batch_size)
+        self.changes = changes or NONE
+        on_rank_0(lambda: write_config(config, self.folder, self.changes, self.state.step))
         if self.rank == 0:
             remove_leftovers(self.folder)
             if self.state.step < self.total_steps:
-                clear_end(self.folder)
+                goes_on(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
         self.guard.resume(self.state.step)
@@ -164,6 +170,11 @@ class RunParts:
         self.tracker = on_rank_0(
             lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
         )
+
+    def _stored(self, checkpoint: str) -> Path:
+        """The config of the run that goes on: the folder's own, else that of the run that is taken up."""
+        own = self.folder / "config.yaml"
+        return own if own.is_file() or not checkpoint else Path(checkpoint).parent.parent / "config.yaml"
 
     def log(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row to the metrics, and show it; on rank 0."""

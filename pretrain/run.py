@@ -1,8 +1,14 @@
-"""The run folder: made, recognised, and refused when another config lives in it."""
+"""The run folder: recognised, and refused when another config lives in it; what may change between starts.
+
+Every key of the config is in exactly one of three classes: ``FREE`` ones are taken, ``GUARDED`` ones only
+with ``resume.force``, ``FIXED`` ones never, since the checkpoint would not fit.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,17 @@ from ..configs.files import atomic_write_text
 from ..configs.load import load_config, to_yaml
 from .config import PretrainConfig
 
-__all__ = ["config_hash", "open_run", "run_path"]
+__all__ = [
+    "FIXED",
+    "FREE",
+    "GUARDED",
+    "NONE",
+    "Changes",
+    "compare",
+    "config_hash",
+    "run_path",
+    "write_config",
+]
 
 # what may change between one start of a run and the next: what the result depends on by rounding at most
 FREE = (
@@ -37,7 +53,50 @@ FREE = (
     "train.device",
     "train.threads",
     "train.log_every_steps",
+    "resume",
 )
+
+# what changes the result, and what it would change
+GUARDED = {
+    "seed": "the order of samples follows from it",
+    "data.train": "it says what an epoch is",
+    "data.epoch_samples": "it says what an epoch is",
+    "data.captions": "the same samples would give other texts",
+    "data.augment": "the same samples would give other pictures",
+    "data.weight_key": "it weighs the loss",
+    "data.max_pixels": "it decides which samples count as damaged",
+    "stages": "they say what is seen when",
+    "lock": "it says which weights learn",
+    "loss.kind": "it is what is minimised",
+    "loss.duplicates": "it is what is minimised",
+    "loss.label_smoothing": "it is what is minimised",
+    "optim.lr": "steps so far were taken with the old one",
+    "optim.betas": "moments so far were made with the old ones",
+    "optim.eps": "steps so far were taken with the old one",
+    "optim.weight_decay": "steps so far were taken with the old one",
+    "optim.image_lr_scale": "steps so far were taken with the old one",
+    "optim.text_lr_scale": "steps so far were taken with the old one",
+    "optim.image_layer_decay": "steps so far were taken with the old one",
+    "optim.text_layer_decay": "steps so far were taken with the old one",
+    "optim.muon_momentum": "moments so far were made with the old one",
+    "optim.muon_lr_scale": "steps so far were taken with the old one",
+    "optim.clip_grad_norm": "steps so far were taken with the old one",
+    "optim.ema_decay": "the average so far was made with the old one",
+    "schedule": "the rate would not be what it was so far",
+    "train.global_batch_size": "steps, epochs and the loss follow from it",
+    "train.epochs": "the schedule ends with the run",
+    "train.total_samples": "the schedule ends with the run",
+    "train.precision": "sums would be rounded otherwise",
+    "train.compile": "sums would be rounded otherwise",
+}
+
+# what the checkpoint would not fit
+FIXED = {
+    "model": "the weights are this model's; a new run takes them by model.pretrained",
+    "optim.name": "the saved moments are this optimizer's",
+    "data.lanes": "a run keeps the order that it began with",
+    "data.window": "a run keeps the order that it began with",
+}
 
 
 def run_path(config: PretrainConfig) -> Path:
@@ -45,33 +104,73 @@ def run_path(config: PretrainConfig) -> Path:
     return Path(config.out) if config.out is not None else Path("runs") / config.name
 
 
-def open_run(config: PretrainConfig) -> Path:
-    """Make or recognise the run folder and write ``config.yaml`` into it.
+@dataclass(frozen=True)
+class Changes:
+    """What differs from the config that a run was started with: dotted keys, the old and the new value."""
 
-    Raises UserError if a run with other settings lives there, naming the keys, or if it cannot be written.
-    """
-    folder = run_path(config)
-    stored = folder / "config.yaml"
-    if stored.is_file():
-        old = load_config(PretrainConfig, stored)
-        changed = [
-            f"{key} was {json.dumps(was)}, now {json.dumps(now)}"
-            for key, was, now in _differences(_plain(old), _plain(config))
-            if not _is_free(key)
+    taken: dict[str, tuple[Any, Any]]
+    forced: dict[str, tuple[Any, Any]]
+
+    def lines(self) -> list[str]:
+        """In words, for the start of a run."""
+        told = {"taken": self.taken, "forced, so the run is another from here on": self.forced}
+        return [
+            f"{how}: {', '.join(_arrow(key, *values) for key, values in changed.items())}"
+            for how, changed in told.items()
+            if changed
         ]
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(changed[:5])}); set out to another "
-                "folder for a new run, or undo the change to go on with this one"
-            )
+
+
+NONE = Changes({}, {})
+
+
+def compare(config: PretrainConfig, stored: Path, *, force: bool = False) -> Changes:
+    """What differs from the config file ``stored``; none if it is not there.
+
+    Raises UserError, naming keys and reasons, for what may not change, or not without ``force``.
+    """
+    if not stored.is_file():
+        return NONE
+    old = load_config(PretrainConfig, stored)
+    changed = {key: (was, now) for key, was, now in _differences(_plain(old), _plain(config))}
+    refused = {key: _why(key, FIXED) for key in changed if _why(key, FIXED)}
+    if not refused and not force:
+        refused = {key: _why(key, GUARDED) for key in changed if not _is_free(key)}
+    if refused:
+        told = [
+            f"{key} was {json.dumps(changed[key][0])}, now {json.dumps(changed[key][1])}: {why}"
+            for key, why in list(refused.items())[:5]
+        ]
+        more = f", and {len(refused) - 5} more" if len(refused) > 5 else ""
+        how = (
+            "" if any(_why(key, FIXED) for key in refused) else ", or set resume.force=true to go on with it"
+        )
+        raise UserError(
+            f"{stored.parent} holds a run with other settings ({'; '.join(told)}{more}); set out to another "
+            f"folder for a new run, undo the change to go on with this one{how}"
+        )
+    free = {key for key in changed if _is_free(key)}
+    return Changes(
+        {key: changed[key] for key in changed if key in free and _told(key)},
+        {key: changed[key] for key in changed if key not in free},
+    )
+
+
+def write_config(config: PretrainConfig, folder: Path, changes: Changes, step: int) -> None:
+    """Write ``config.yaml``, and a line of ``changes.jsonl`` if something changed at ``step``.
+
+    Raises UserError if the folder cannot be written.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(stored, to_yaml(config))
+        if changes.lines():
+            row = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **asdict(changes)}
+            with (folder / "changes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        atomic_write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise UserError(
             f"out: {folder} cannot be written ({error.strerror}); choose another folder"
         ) from error
-    return folder
 
 
 def config_hash(config: PretrainConfig) -> str:
@@ -100,7 +199,25 @@ def _leaves(plain: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE)
+    return any(_under(key, free) for free in FREE)
+
+
+def _under(key: str, above: str) -> bool:
+    return key == above or key.startswith(above + ".")
+
+
+def _why(key: str, reasons: Mapping[str, str]) -> str:
+    """The reason of the key, or of the section that it is in; "" if there is none."""
+    return next((why for above, why in reasons.items() if _under(key, above)), "")
+
+
+def _told(key: str) -> bool:
+    """Whether a harmless change is worth a word: not how and where this start was asked for."""
+    return not any(_under(key, above) for above in ("resume", "out", "name"))
+
+
+def _arrow(key: str, was: Any, now: Any) -> str:
+    return f"{key} {json.dumps(was)} -> {json.dumps(now)}"
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -288,11 +288,13 @@ def require_shared(run: Path) -> None:
     """Raise UserError, on all ranks, if one of them does not see rank 0's ``run``; all ranks call it."""
     probe = run / f".seen_{distributed.broadcast_json(secrets.token_hex(6))}"
     on_rank_0(lambda: _make(probe))
-    with together():
-        if not probe.is_dir():
-            raise UserError(
-                f"out: rank {distributed.rank()} does not see what rank 0 writes into {run}; set out to a "
-                "folder that all hosts share"
-            )
-    if distributed.rank() == 0:
-        probe.rmdir()
+    try:
+        with together():
+            if not probe.is_dir():
+                raise UserError(
+                    f"out: rank {distributed.rank()} does not see what rank 0 writes into {run}; set out to "
+                    "a folder that all hosts share"
+                )
+    finally:
+        if distributed.rank() == 0:
+            probe.rmdir()

@@ -45,7 +45,7 @@ class StopRequest:
         self._key, self._leave = key, leave
         self._interrupts = 0
         self._open = True  # whether the handler may raise where the main thread is
-        self._waiting_since: float | None = None
+        self._waiting_since: float | None = time.monotonic()
 
     @property
     def asked(self) -> bool:

@@ -20,7 +20,7 @@ from .clock import Clock
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
 from .encode import quick_retrieval
-from .ending import mark_end, stopped_early
+from .ending import begun, mark_end, stopped_early
 from .engine import no_sync
 from .fit import notes
 from .gradcache import forward_backward
@@ -70,7 +70,7 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
     with others_watched(), memory_told(config.train), watch, stop_on_signals(early) as stop:
         try:
             device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
-            on_rank_0(lock.take)
+            on_rank_0(lambda: begun(lock.take().folder))
             run = _Run(config, device, watch)
             run.show = show if run.rank == 0 else None
             try:
@@ -166,7 +166,7 @@ class _Run(RunParts):
             config.schedule,
             config.optim.lr,
             samples_seen=seen,
-            total_samples=self.total_steps * self.batch_size,
+            total_samples=self.total_samples,
             batch=self.batch_size,
         )
         set_lr(self.optimizer, lr)
@@ -229,7 +229,7 @@ class _Run(RunParts):
     def _validate(self, stop: StopRequest) -> None:
         """Rank 0 scores the held-out shards with the weights that would be exported; nothing if it is told to
         stop meanwhile."""
-        with suppress(Stopped), self.state.exported() as root, stop.waiting(interrupt=False):
+        with suppress(Stopped), self.state.exported() as root, stop.waiting(interrupt=True):
             if root is None or self.held_out is None:
                 return
             scores = quick_retrieval(
@@ -258,5 +258,5 @@ class _Run(RunParts):
             "precision": self.config.train.precision,
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self.clip.parameters()),
-            "notes": list(notes(self.config, self.clip, self.world_size)),
+            "notes": [*self.changes.lines(), *notes(self.config, self.clip, self.world_size)],
         }

@@ -61,9 +61,10 @@ def require() -> Callable[[object, str], None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Where everything must run, a skipped test is a failed one; a GPU alone may be absent."""
+    """Where everything must run, a skipped test is a failed one; a GPU or leave to mount may be absent."""
     report = yield
-    excused = item.get_closest_marker("gpu") is not None or hasattr(report, "wasxfail")
+    marked = any(item.get_closest_marker(name) is not None for name in ("gpu", "mount"))
+    excused = marked or hasattr(report, "wasxfail")
     if REQUIRE_ALL and report.skipped and not excused:
         report.outcome = "failed"
         report.longrepr = f"skipped, but DIPTYCH_REQUIRE_ALL=1: {report.longrepr[2]}"

@@ -79,9 +79,10 @@ class ClassTexts(Head):
         return self._vectors
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Logits [b, C], or for binary tasks [b, 1], of normalised features; in eval mode."""
-        mask = self.masks(present).float()
-        z = sum(features[k] * present[k][:, None] for k in self.modalities) / mask.sum(1, keepdim=True)
+        """Logits [b, C], or for binary tasks [b, 1], of normalised features; in eval mode. A row of which the
+        encoders see nothing is as near to every class."""
+        count = self.masks(present).float().sum(1, keepdim=True).clamp_min(1)
+        z = sum(features[k] * present[k][:, None] for k in self.modalities) / count
         logits = self.model.logit_scale * z @ self.vectors().T
         return logits if self.outputs > 1 else logits[:, 1:] - logits[:, :1]
 

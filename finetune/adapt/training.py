@@ -27,6 +27,7 @@ from ..config import AdaptConfig, StoppingConfig
 from ..encoders.live import LiveRows, Part, Source
 from ..fusion.operators import Head
 from ..tasks.task import Floats, Task, higher_is_better
+from .lengths import parts_by_length
 
 __all__ = [
     "EVAL_BATCH",
@@ -196,7 +197,7 @@ class Training:
                 self.adapt.label_smoothing,
                 None if weights is None else weights[counts],
             )
-            for logits, counts in self.head.parts(features, present)
+            for logits, counts in parts_by_length(self.head, features, present)
             if bool(counts.any())
         ]
         return torch.stack(losses).sum()

@@ -301,7 +301,10 @@ class FinetuneConfig(StrictModel):
                     "adapt.method: linear_probe"
                 )
             if adapt.method == "contrastive" and self.task.type not in ("binary", "multiclass", "retrieval"):
-                raise ValueError(f"heads.{name}: contrastive needs classes; set another adapt.method")
+                raise ValueError(
+                    f"heads.{name}: contrastive is for binary, multiclass and retrieval tasks, not "
+                    f"{self.task.type}; set another adapt.method"
+                )
             if adapt.method == "contrastive" and self.task.type == "binary" and not adapt.class_prompts:
                 raise ValueError(
                     f"heads.{name}: contrastive needs adapt.class_prompts, as the classes of a binary task "

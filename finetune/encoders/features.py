@@ -33,12 +33,13 @@ from ..tables.manifest import Rows
 from .encoding import TEXT_BATCH, Arrays, encode_pictures, encode_texts, longest_text
 from .exchange import in_turn, share_of
 
-__all__ = ["FeatureRows", "Progress", "encoder_fingerprint", "extract", "silent"]
+__all__ = ["TOKEN_PARTS", "FeatureRows", "Progress", "encoder_fingerprint", "extract", "silent"]
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """``with progress(what, total) as advance: advance(done)``."""
 VERSION = 3  # of what is stored; part of every entry's name
 TOKEN_PARTS = ("tokens", "inputs", "mask")
+"""What tables of a modality there may be beside its embeddings, in ``FeatureRows`` and in batches of them."""
 SETS = 4096  # pooled at once
 
 
@@ -90,7 +91,7 @@ class FeatureRows:
                 features |= {name: _pick(self.tables[name], item) for name in names}
         if tokens and "text_mask" in features:  # no wider than this batch's longest text
             longest = max(1, int(features["text_mask"].sum(1).max()) if len(rows) else 1)
-            for name in {"text_mask", "text_tokens", "text_inputs"} & features.keys():
+            for name in {f"text_{part}" for part in TOKEN_PARTS} & features.keys():
                 features[name] = features[name][:, :longest]
         return features, present
 
@@ -194,7 +195,8 @@ def extract(
         make = from_pictures
         if together:
             make = partial(in_turn, from_pictures, len(pictures), batch_size)
-        arrays = _kept("image", depth, fingerprint, content, make, together)
+        known = fingerprint and f"{fingerprint} {max_pixels}"  # the limit decides what is broken
+        arrays = _kept("image", depth, known, content, make, together)
         _add(tables, "image", arrays)
         number = {picture: i for i, picture in enumerate(pictures)}
         items, of_row = _distinct([cell and tuple(number[picture] for picture in cell) for cell in cells])
@@ -244,7 +246,7 @@ def _pooled(every: Tensor, sets: Tensor) -> Tensor:
 
 def _add(tables: dict[str, Tensor], modality: str, arrays: Arrays) -> None:
     """Put an entry's arrays among the tables, without a copy."""
-    names = {"features": modality} | {k: f"{modality}_{k}" for k in ("tokens", "inputs", "mask")}
+    names = {"features": modality} | {k: f"{modality}_{k}" for k in TOKEN_PARTS}
     for name, table in names.items():
         if name in arrays:
             tables[table] = torch.from_numpy(arrays[name])

@@ -132,11 +132,11 @@ def evidence(value: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def unrolled(start: Tensor, layers: Sequence[Tensor]) -> Tensor:
-    """r [b, n] over the tokens that enter the first layer, from weights [b, n] of those that leave the last;
-    ``layers``: E [b, n, n] in the order of the layers."""
+    """r [b, n] over the tokens that enter the first layer, from weights [b, m] of those that leave the last;
+    ``layers``: E [b, m, n] in the order of the layers, where m < n if only the first m tokens go on."""
     r = start
     for e in reversed(layers):
-        r = r + (r[:, None] @ e)[:, 0]
+        r = F.pad(r, (0, e.shape[2] - e.shape[1])) + (r[:, None] @ e)[:, 0]
     return r
 
 
@@ -156,9 +156,7 @@ def head_starts(
         return _of_cross(head, masks, sizes, layers)
     if isinstance(head, Bottleneck):
         return _of_bottleneck(head, present, sizes, layers)
-    first = layers[0]
-    start = first.new_zeros(first.shape[:2])
-    start[:, 0] = 1
+    start = layers[-1].new_ones(len(layers[-1]), 1)  # the cls token
     parts = unrolled(start, layers)[:, 1:].split(list(sizes.values()), dim=1)
     return dict(zip(sizes, parts, strict=True))
 
@@ -184,16 +182,14 @@ def _of_bottleneck(
     share = head.masks(present).to(layers[0].dtype)
     share = share / share.sum(1, keepdim=True).clamp_min(1)  # [b, M]
     rows, names = len(share), head.modalities
-    own = {k: layers[0].new_zeros(rows, 1 + sizes[k]) for k in names}
-    for j, k in enumerate(names):
-        own[k][:, 0] = share[:, j]
-    shared = layers[0].new_zeros(rows, len(head.shared))
+    own = {k: share[:, j : j + 1] for j, k in enumerate(names)}  # the cls tokens
+    shared = layers[0].new_zeros(rows, 0)  # of the last layer no bottlenecks are read
     for layer in range(head.layers - 1, -1, -1):
-        before = torch.zeros_like(shared)
+        before = layers[0].new_zeros(rows, len(head.shared))
         for j, k in enumerate(names):
             e = layers[layer * len(names) + j]
             whole = unrolled(torch.cat([own[k], share[:, j : j + 1] * shared], dim=1), [e])
-            own[k], heard = whole.split([own[k].shape[1], shared.shape[1]], dim=1)
+            own[k], heard = whole.split([1 + sizes[k], len(head.shared)], dim=1)
             before = before + heard
         shared = before
     return {k: r[:, 1:] for k, r in own.items()}

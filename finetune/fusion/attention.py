@@ -57,10 +57,11 @@ class SelfBlock(nn.Module):
         self.feed = feed_forward(width, hidden, act)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[b, L, H] of x [b, L, H] with a mask bool [b, L] of real tokens."""
+    def forward(self, x: Tensor, mask: Tensor, read: int | None = None) -> Tensor:
+        """[b, L, H] of x [b, L, H] with a mask bool [b, L] of real tokens; of the first ``read`` tokens
+        alone where no others are read (the last block of a head), which costs their keys and values only."""
         y = self.norms[0](x)
-        x = x + self.drop(self.itself(y, y, mask))
+        x = x[:, :read] + self.drop(self.itself(y[:, :read], y, mask))
         return x + self.drop(self.feed(self.norms[1](x)))
 
 

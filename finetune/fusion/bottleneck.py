@@ -50,15 +50,21 @@ class Bottleneck(TokenHead):
             real = mask.new_ones(rows, 1)
             streams[k] = torch.cat([self.cls[k].expand(rows, 1, -1), x], dim=1)
             masks[k] = torch.cat([real, mask, real.expand(-1, len(self.shared))], dim=1)
-        shared = self.shared.expand(weights.shape[0], -1, -1)
-        for layer in range(self.layers):
+        shared, n = self.shared.expand(weights.shape[0], -1, -1), len(self.shared)
+        for layer in range(self.layers - 1):
             heard: list[Tensor] = []
             for k in self.modalities:
-                blocks = self.blocks[k]
-                assert isinstance(blocks, nn.ModuleList)
-                x = blocks[layer](torch.cat([streams[k], shared], dim=1), masks[k])
-                streams[k], b = x.split([x.shape[1] - len(self.shared), len(self.shared)], dim=1)
-                heard.append(b)
+                x = self._block(k, layer)(torch.cat([streams[k], shared], dim=1), masks[k])
+                streams[k] = x[:, :-n]
+                heard.append(x[:, -n:])
             shared = (weights[..., None, None] * torch.stack(heard, dim=1)).sum(1)
-        cls = self.norm(torch.stack([streams[k][:, 0] for k in self.modalities], dim=1))
-        return self.classify((weights[..., None] * cls).sum(1))
+        cls = [
+            self._block(k, -1)(torch.cat([streams[k], shared], dim=1), masks[k], read=1)[:, 0]
+            for k in self.modalities
+        ]
+        return self.classify((weights[..., None] * self.norm(torch.stack(cls, dim=1))).sum(1))
+
+    def _block(self, k: str, layer: int) -> nn.Module:
+        blocks = self.blocks[k]
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks[layer]

@@ -90,8 +90,9 @@ class Joint(Head):
             parts.append(x + self.kind if k == "image" else self.project[k](x))
             masks.append(mask)
         x, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
-        for block in self.blocks:
-            x = block(x, mask)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, read=1 if i == last else None)
         return self.classify(self.norm(x[:, 0]))
 
 

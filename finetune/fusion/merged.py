@@ -35,6 +35,6 @@ class Merged(TokenHead):
         rows = parts[0][0].shape[0]  # not len(): torch.export would fix it
         x = torch.cat([self.cls.expand(rows, 1, -1), *(x for x, _ in parts)], dim=1)
         mask = torch.cat([parts[0][1].new_ones(rows, 1), *(mask for _, mask in parts)], dim=1)
-        for block in self.blocks:
-            x = block(x, mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, read=1 if i == self.layers - 1 else None)
         return self.classify(self.norm(x[:, 0]))

@@ -93,6 +93,7 @@ def servers(config: Path) -> Generator[list[Proxy]]:
     """A way to one bucket for each rank; the run's shards are in it."""
     with s3_server() as port:
         upload(config.parent / "data" / "train", port, "set")
+        upload(config.parent / "data" / "val", port, "val")
         proxies = [Proxy(port) for _ in range(2)]
         yield proxies
         for proxy in proxies:
@@ -126,9 +127,7 @@ def launch_apart(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("workers", "starved", "told"), [(0, 1, "launcher"), (1, 1, 0), (1, 0, 1), (0, 1, 0), (0, 0, 0)]
-)
+@pytest.mark.parametrize(("workers", "starved", "told"), [(1, 1, "launcher"), (1, 0, 1), (0, 1, 0)])
 def test_ranks_of_which_one_has_no_data_save_the_same_step(
     workers: int,
     starved: int,
@@ -163,3 +162,60 @@ def test_ranks_of_which_one_has_no_data_save_the_same_step(
     assert_same(out, straight)
     assert not (out / "stopped.json").exists()
     assert marker(out, "finished.json")["step"] == 20
+
+
+@pytest.mark.slow
+def test_a_rank_that_scores_hears_what_another_was_told(
+    config: Path, straight: Path, servers: list[Proxy], tmp_path: Path
+) -> None:
+    """Rank 0 waits for held-out shards, and rank 1 for rank 0."""
+    out = tmp_path / "run"
+    servers[0].faults.append(Fault("stall", r"/val/.*\.tar", times=1000, at=0))
+    held_out = (f"evaluate.data=s3://{BUCKET}/val", "evaluate.every_steps=4")
+    process = launch_apart(config, out, servers, tmp_path, *held_out)
+    until(lambda: servers[0].gets(r"/val/.*\.tar"), process)
+    time.sleep(2)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-3000:]
+    assert (marker(out)["step"], marker(out)["reason"]) == (4, "SIGTERM")
+    finish(launch(config, out, 2))
+    assert_same(out, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["launcher", 0])
+def test_a_start_that_hangs_ends_when_told(
+    told: str | int, config: Path, servers: list[Proxy], tmp_path: Path
+) -> None:
+    """Rank 1 waits for its data, and rank 0 for rank 1, in a call that hears no signal."""
+    out = tmp_path / "run"
+    servers[1].faults.append(Fault("stall", "manifest", times=1000, at=0))
+    process = launch_apart(config, out, servers, tmp_path)
+    until(lambda: servers[1].gets("manifest") and (out / "lock").exists(), process)
+    time.sleep(2)
+    began = time.monotonic()
+    os.kill(process.pid if told == "launcher" else ranks_of(process)[int(told)], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (1 if told == "launcher" else 0), err[-3000:]
+    assert time.monotonic() - began < SOON_S
+    assert marker(out) == {"step": 0, "samples_seen": 0, "checkpoint": None, "reason": "SIGTERM"}
+    assert not gone(str(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ranks_save_and_end_when_their_launcher_is_killed(
+    workers: int, config: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = launch(config, out, 2, f"data.workers={workers}")
+    until(lambda: step_of(out) >= 4, process)
+    process.kill()
+    assert not gone(str(out))
+    process.communicate()
+    step = step_of(out)
+    assert 4 <= step < 20
+    assert marker(out)["checkpoint"] == f"checkpoints/step_{step:08d}"
+    finish(launch(config, out, 2))
+    assert_same(out, straight)

@@ -118,6 +118,14 @@ def test_a_second_time_nothing_is_encoded_unless_the_content_changed(
     assert not list((cache_dir() / "features").glob(".*"))
 
 
+def test_a_picture_is_too_large_by_the_limit_of_this_run_not_of_the_one_that_kept_it(
+    tmp_path: Path, model: LoadedModel
+) -> None:
+    rows = table(tmp_path, ["red.png"], ["a"])
+    for limit, broken in ((squares.SIZE**2 - 1, [0]), (squares.SIZE**2, []), (squares.SIZE**2 - 1, [0])):
+        assert list(extract(model, rows, fingerprint="f", max_pixels=limit)[1]) == broken
+
+
 def test_the_encoders_fingerprint_depends_on_every_weight_and_on_the_preprocessing(
     tmp_path: Path, model: LoadedModel
 ) -> None:

@@ -21,7 +21,7 @@ LEARNERS = [name for name in ALL if name not in (*SINGLES, "similarity") and "la
 
 @pytest.mark.parametrize("name", ALL)
 def test_agreement_of_two_signs_is_learned_by_heads_that_compare_and_by_no_other(name: str) -> None:
-    head = learned(name, parity(1200, 1), parity(300, 2), modality_dropout=0.05)
+    head = learned(name, parity(1200, 1), parity(300, 2), modality_dropout=0.05, epochs=12)
     got = accuracy(head, parity(2000, 3))
     if name in CAN:
         assert got > 0.95

@@ -83,7 +83,10 @@ def test_what_matching_does_not_take(tmp_path: Path, capsys: Any) -> None:
     config = ["finetune", str(tmp_path / "finetune.yaml")]
     capsys.readouterr()
     for words, said in (
-        ("adapt.method=contrastive", "contrastive needs classes"),
+        (
+            "adapt.method=contrastive",
+            "contrastive is for binary, multiclass and retrieval tasks",
+        ),
         ("adapt.sampling=balanced", "matching tasks do not have"),
         ("task.negatives=40", "40 texts that do not match cannot be found for each of the 16 inner rows"),
         ("data.modalities={image: {column: image}}", "matching is about image and text"),

@@ -17,6 +17,7 @@ from diptych.cli.main import main
 from diptych.configs.load import load_config
 from diptych.finetune.config import FinetuneConfig
 from diptych.finetune.predictor import Predictor
+from diptych.finetune.runs.saved import occupied
 
 from .labelled import COLUMNS, match_rows, write_config, write_csv, write_task
 from .runs import contents, finetune, permute_test_labels, stop_at, timeless
@@ -94,6 +95,17 @@ def test_a_stopped_run_goes_on_where_it_was(
     finetune(folder, "heads.concat.width=16")  # one head's setting changes: that one alone is made anew
     assert capsys.readouterr().err.count("kept from before") == 4
     assert (folder / "run" / "heads" / "late" / "head.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_takes_one_run_at_a_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["finetune", str(folder / "finetune.yaml"), "heads=[late]"]
+    assert main(words) == 0
+    kept = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    with occupied(folder / "run"):
+        assert main([*words, "adapt.lr=0.1"]) == 2
+    assert "is being written by another diptych finetune; wait for it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == kept
+    assert main(words) == 0
 
 
 def test_a_head_is_not_kept_for_modalities_in_another_order(

@@ -122,7 +122,7 @@ def forward_rollout(op: str, head: Any, layers: list[np.ndarray], sizes: list[in
     if op == "merged":
         r = np.concatenate([np.zeros((1, total)), *inputs])
         for e in layers:
-            r = r + e @ r
+            r = r[: len(e)] + e @ r  # the last layer has the row of cls alone
         return r[0]
     if op == "cross":
         image, text = inputs
@@ -136,7 +136,7 @@ def forward_rollout(op: str, head: Any, layers: list[np.ndarray], sizes: list[in
         heard = []
         for k in range(2):
             whole = np.concatenate([streams[k], shared])
-            whole = whole + layers[i + k] @ whole
+            whole = whole[: len(layers[i + k])] + layers[i + k] @ whole
             streams[k] = whole[: 1 + sizes[k]]
             heard.append(whole[1 + sizes[k] :])
         shared = (heard[0] + heard[1]) / 2

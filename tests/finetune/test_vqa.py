@@ -32,19 +32,30 @@ def test_scores_are_the_official_mean_over_subsets(people: list[str], answer: st
     assert answer_score(people.count(answer), len(people)) == pytest.approx(expected)
 
 
-def test_answers_are_compared_by_their_words() -> None:
+def test_answers_are_compared_as_the_official_evaluation_does() -> None:
     for written, meant in {
         "The  Red Car.": "red car",
         "two": "2",
         "None": "0",
-        "1,000": "1000",
+        "100,978": "100978",
+        "2:50 pm": "2:50 pm",
+        "girl’s": "girl's",
+        "girls": "girls",
         "3.5 m": "3.5 m",
-        "don't": "dont",
+        "a no. 5": "no 5",
+        "dont": "don't",
+        "couldnt've": "couldn't've",
+        "couldn'tve": "couldn't've",
+        "its": "its",
         "yes!": "yes",
         "black/white": "black white",
+        "t-shirt - red": "tshirt red",
+        "1,000 t-shirts": "1000 tshirts",
+        "50% of $5": "50% of $5",
         "an": "",
     }.items():
         assert canonical_answer(written) == meant
+        assert canonical_answer(meant) == meant
 
 
 def test_the_vocabulary_is_that_of_the_training_rows() -> None:

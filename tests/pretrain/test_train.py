@@ -14,7 +14,6 @@ from PIL import Image
 from diptych.configs.errors import UserError
 from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors, verify
 from diptych.pretrain.model import load_model
-from diptych.pretrain.run import open_run
 from diptych.pretrain.tracking import TrackingConfig, track_evaluation
 from diptych.pretrain.train import train
 
@@ -237,20 +236,3 @@ def test_two_processes_see_the_same_losses_to_rounding(straight: Path, config: P
     assert [step for step, _ in two] == [step for step, _ in one]
     for (_, a), (_, b) in zip(two, one, strict=True):
         assert a == pytest.approx(b, rel=2e-4)
-
-
-def test_a_run_stopped_by_damage_goes_on_with_a_raised_limit(data: Path, tmp_path: Path) -> None:
-    file = write_config(tmp_path / "run.yaml", data)
-    config = load(file, tmp_path / "run")
-    open_run(config)
-    for override in ("data.max_bad_fraction=0.5", "data.on_bad=raise"):
-        assert open_run(load(file, tmp_path / "run", override)) == tmp_path / "run"
-
-
-def test_moved_data_is_no_other_setting_but_other_weights_are(data: Path, tmp_path: Path) -> None:
-    file = write_config(tmp_path / "run.yaml", data)
-    here = f"data.train=[{{data: {data}/train, weight: 1.0}}]"
-    open_run(load(file, tmp_path / "run", here))
-    open_run(load(file, tmp_path / "run", "data.train=[{data: /elsewhere/moved, weight: 1.0}]"))
-    with pytest.raises(UserError, match=r"data.train was .*other settings|other settings \(data.train was"):
-        open_run(load(file, tmp_path / "run", "data.train=[{data: /elsewhere/moved, weight: 2.0}]"))

@@ -1,0 +1,72 @@
+"""Where a run starts: at its beginning, where it stopped, or at a checkpoint of another run."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from ..configs.errors import UserError
+from ..configs.load import StrictModel
+from .checkpoint import newest_or_none, verify
+from .manifest import MANIFEST, scan
+
+__all__ = ["ResumeConfig", "start_from"]
+
+POLICIES = ("auto", "never", "must")
+
+
+class ResumeConfig(StrictModel):
+    """Where a run starts. A plain string stands for ``start``: ``resume: must``."""
+
+    start: str = Field(default="auto", min_length=1)
+    """``auto``: where the run folder's newest whole checkpoint is, at the beginning if it has none.
+    ``never``: at the beginning, and a folder with checkpoints is refused. ``must``: a folder without a whole
+    one is refused. Else another run's folder or a checkpoint's: a run that has no checkpoint of its own yet
+    takes everything from there - weights, optimizer, step, place in the data - and counts on from its
+    step."""
+    force: bool = False
+    """Also take changes of the config that make it another run from here on; each is told and written into
+    ``changes.jsonl``. Where the order of samples changes, the data goes on with the next epoch."""
+    allow_partial: bool = False
+    """Go on from a checkpoint that lacks a part (random states, for instance), which then begins anew."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"start": value} if isinstance(value, str) else value
+
+
+def start_from(config: ResumeConfig, run: Path) -> Path | None:
+    """The checkpoint to go on from, None to start at the beginning.
+
+    Raises UserError if the policy forbids what the folder holds.
+    """
+    if config.start == "never":
+        if found := scan(run):
+            several = "s" if len(found) > 1 else ""
+            raise UserError(
+                f"resume: never, but {run} holds {len(found)} checkpoint{several}; set out to another "
+                "folder, or resume=auto to go on"
+            )
+        return None
+    own = newest_or_none(run)
+    if own is None and config.start == "must":
+        raise UserError(
+            f"resume: must, but {run} holds no checkpoint; check out, or set resume=auto to start"
+        )
+    return own if own is not None or config.start in POLICIES else _elsewhere(config.start)
+
+
+def _elsewhere(text: str) -> Path:
+    """The checkpoint that a path names: itself, or the newest whole one of a run."""
+    path = Path(text).expanduser()
+    if (path / MANIFEST).is_file():
+        if problem := verify(path):
+            raise UserError(f"resume.start: {problem}; give another checkpoint")
+        return path
+    if path.is_dir() and (newest := newest_or_none(path)) is not None:
+        return newest
+    near = get_close_matches(text, POLICIES, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "give auto, never, must, a run's folder or a checkpoint's"
+    raise UserError(f"resume.start: {text} is no folder of a run with checkpoints and no checkpoint; {hint}")

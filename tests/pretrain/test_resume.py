@@ -1,0 +1,204 @@
+"""Where a run starts, what may change then, and that it is alone in its folder."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from diptych.configs.errors import UserError
+from diptych.configs.load import load_config
+from diptych.pretrain.checkpoint import newest_checkpoint, read_document
+from diptych.pretrain.config import PretrainConfig
+from diptych.pretrain.owner import RunLock
+from diptych.pretrain.run import FIXED, FREE, GUARDED, NONE, compare, write_config
+from diptych.pretrain.train import train
+
+from .train_runs import BATCH, load, losses, make_data
+from .train_runs import write_config as write_file
+
+SHORT = f"train.total_samples={4 * BATCH}"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    return write_file(folder / "run.yaml", make_data(folder / "data"), evaluate={"data": None})
+
+
+@pytest.fixture(scope="module")
+def done(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps."""
+    out = tmp_path_factory.mktemp("done") / "run"
+    train(load(file, out, SHORT))
+    return out
+
+
+class Facts:
+    """Keeps what a start tells."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+
+    def start(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def row(self, row: dict[str, Any]) -> None:
+        pass
+
+
+def keys(model: type[BaseModel]) -> Iterator[str]:
+    """Dotted keys of a config, a section's own where a section is a model."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from (f"{name}.{key}" for key in inner.model_fields)
+        else:
+            yield name
+
+
+def test_every_key_of_the_config_is_in_exactly_one_class() -> None:
+    classes = [*FREE, *GUARDED, *FIXED]
+    assert len(classes) == len(set(classes))
+    every = list(keys(PretrainConfig))
+    for key in every:
+        found = [one for one in classes if key == one or key.startswith(one + ".")]
+        assert len(found) == 1, (key, found)
+    for one in classes:
+        assert any(key == one or key.startswith(one + ".") for key in every), f"{one} is no key"
+
+
+def test_never_and_must_refuse_in_one_sentence(file: Path, done: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"resume: never, but .* holds 1 checkpoint; set out"):
+        train(load(file, done, SHORT, "resume=never"))
+    with pytest.raises(UserError, match=r"resume: must, but .* holds no checkpoint"):
+        train(load(file, tmp_path / "new", SHORT, "resume=must"))
+    assert not (tmp_path / "new").exists()
+    assert train(load(file, done, SHORT, "resume=must")).step == 4
+    assert train(load(file, tmp_path / "new", SHORT, "resume=never")).step == 4
+
+
+def test_a_shorthand_takes_no_keys_by_accident(file: Path, tmp_path: Path) -> None:
+    assert load(file, tmp_path, "resume=must").resume.start == "must"
+    assert load(file, tmp_path, "resume.force=true").resume.start == "auto"
+    with pytest.raises(UserError, match=r"resume is 'must' and has no keys"):
+        load(file, tmp_path, "resume=must", "resume.force=true")
+    with pytest.raises(UserError, match=r"resume.start: muts .*did you mean must"):
+        train(load(file, tmp_path / "run", "resume=muts"))
+
+
+@pytest.mark.parametrize("what", ["run", "checkpoint"])
+def test_a_run_takes_up_another_and_counts_on(what: str, file: Path, done: Path, tmp_path: Path) -> None:
+    newest = newest_checkpoint(done)
+    assert newest is not None
+    given = done if what == "run" else newest
+    longer = f"train.total_samples={6 * BATCH}"
+    with pytest.raises(
+        UserError, match=r"train.total_samples was 64, now 96: the schedule ends with the run"
+    ):
+        train(load(file, tmp_path / "run", longer, f"resume={given}"))
+    force = f"resume={{start: {given}, force: true}}"
+    show = Facts()
+    assert train(load(file, tmp_path / "run", longer, force), show).step == 6
+    assert show.facts["step"] == 4
+    assert [step for step, _ in losses(tmp_path / "run")] == [5, 6]
+    assert train(load(file, tmp_path / "run", longer, force)).step == 6  # its own checkpoint, from now on
+    assert newest_checkpoint(done) == newest
+    (row,) = map(json.loads, (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
+    assert row["step"] == 4
+    assert row["forced"] == {"train.total_samples": [64, 96]}
+
+
+def test_harmless_changes_are_told_and_others_refused_with_reasons(
+    file: Path, done: Path, tmp_path: Path
+) -> None:
+    show = Facts()
+    train(load(file, done, SHORT, "train.log_every_steps=3", "data.workers=1"), show)
+    assert "taken: data.workers 0 -> 1, train.log_every_steps 1 -> 3" in show.facts["notes"]
+    with pytest.raises(UserError) as caught:
+        train(load(file, done, SHORT, "seed=1", "optim.lr=0.1"))
+    message = str(caught.value)
+    assert "seed was 0, now 1: the order of samples follows from it" in message
+    assert "optim.lr was 0.002, now 0.1: " in message
+    assert "resume.force=true" in message
+    with pytest.raises(UserError, match=r"model.embed_dim was 16, now 8: .*model.pretrained") as caught:
+        train(load(file, done, SHORT, "model.embed_dim=8", "resume.force=true"))
+    assert "resume.force=true" not in str(caught.value)
+
+
+def test_a_forced_change_of_order_goes_on_with_the_next_epoch(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A global batch of another size: samples seen count on, and as many come as the config says."""
+    out = tmp_path / "run"
+    train(load(file, out, SHORT))
+    wide = (f"train.total_samples={6 * BATCH}", f"train.global_batch_size={BATCH // 2}", "resume.force=true")
+    with caplog.at_level(logging.WARNING):
+        outcome = train(load(file, out, *wide))
+    assert "goes on with epoch 2" in caplog.text
+    assert outcome.step == outcome.total_steps == 8
+    newest = newest_checkpoint(out)
+    assert newest is not None
+    trainer = read_document(newest / "trainer.json")
+    assert (trainer["samples_seen"], trainer["stream"]["epoch"]) == (6 * BATCH, 2)
+    assert load_config(PretrainConfig, out / "config.yaml").train.global_batch_size == BATCH // 2
+
+
+def test_moved_data_is_no_other_setting_but_other_weights_are(file: Path, tmp_path: Path) -> None:
+    def change(*words: str) -> Any:
+        return compare(load(file, tmp_path, *words), tmp_path / "config.yaml")
+
+    weighed = "data.train=[{{data: {}, weight: {}}}]"
+    write_config(load(file, tmp_path, weighed.format("here", 1.0)), tmp_path, NONE, 0)
+    assert change(weighed.format("/elsewhere/moved", 1.0)) == NONE
+    with pytest.raises(UserError, match=r"other settings \(data.train was .*it says what an epoch is"):
+        change(weighed.format("here", 2.0))
+    assert change(weighed.format("here", 1.0), "data.max_bad_fraction=0.5", "data.on_bad=raise").forced == {}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from diptych.pretrain.owner import RunLock
+RunLock(Path(sys.argv[1])).take()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(file: Path, done: Path) -> None:
+    before = sorted(done.iterdir())
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(done)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .* since 20.*; wait"):
+        train(load(file, done, SHORT))
+    holder.kill()
+    holder.communicate()
+    assert (done / "lock").exists()
+    assert train(load(file, done, SHORT)).step == 4
+    assert sorted(done.iterdir()) == before
+
+
+def test_the_lock_is_its_owners_and_not_his_childrens(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run").take()
+    child = os.fork()
+    if child == 0:
+        try:
+            RunLock(tmp_path / "run").take()
+        except UserError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    lock.release()
+    assert not (tmp_path / "run").exists()  # nothing else was in it
+    with RunLock(tmp_path / "run") as again:
+        (tmp_path / "run" / "config.yaml").touch()
+        assert again.held
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
