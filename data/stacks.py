@@ -16,7 +16,8 @@ STATES = {
     "D": "waiting for the disk or a network file system",
     "T": "stopped",
 }
-PATIENCE_S = 1.0  # seconds for workers to answer
+PATIENCE_S = 1.0  # seconds for a worker to answer
+LAST = b"Current thread"  # the thread that answers
 _kept: list[object] = []
 
 
@@ -33,22 +34,28 @@ class Stacks:
 
     def of(self, workers: Sequence[int]) -> str:
         """State and stacks of processes, in lines for people. A worker that does not answer is none that
-        called ``answer``, or hangs in the kernel. Takes a second at most."""
-        lines = [
-            f"data worker {number} (process {pid}) is {_state(pid)}" for number, pid in enumerate(workers)
-        ]
-        start = os.lseek(self._fd, 0, os.SEEK_END)
-        asked = [pid for pid in workers if _answers(pid)]
-        for pid in asked:
-            with suppress(ProcessLookupError):
-                os.kill(pid, SIGNAL)
-        end, size = time.monotonic() + PATIENCE_S, -1
-        while asked and time.monotonic() < end and size != os.fstat(self._fd).st_size:
+        called ``answer``, or is stopped or hangs in the kernel. Takes a second for each of those."""
+        os.ftruncate(self._fd, 0)  # of late answers
+        parts: list[str] = []
+        for number, pid in enumerate(workers):
+            parts.append(f"data worker {number} (process {pid}) is {_state(pid)}")
+            if _answers(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, SIGNAL)
+                    parts.append(self._read())
+        return "\n".join(parts)
+
+    def _read(self) -> str:
+        """What one process writes, until nothing comes after its last line."""
+        end, text = time.monotonic() + PATIENCE_S, b""
+        while time.monotonic() < end:
+            time.sleep(PATIENCE_S / 50)
             size = os.fstat(self._fd).st_size
-            time.sleep(PATIENCE_S / 4)
-        text = os.pread(self._fd, 1 << 20, start).decode(errors="replace")
+            if LAST in text and len(text) == size:
+                break
+            text = os.pread(self._fd, size, 0)
         os.ftruncate(self._fd, 0)
-        return "\n".join([*lines, *(["", text] if text else [])])
+        return text.decode(errors="replace")
 
 
 def answer(path: str) -> None:
