@@ -19,7 +19,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-BENCHMARKS := loader shards remote shuffle_quality order_scale train_step end_to_end loss grad_cache compile time_to_accuracy fusion_cv saving
+BENCHMARKS := loader shards remote shuffle_quality order_scale train_step end_to_end loss grad_cache compile time_to_accuracy fusion_cv saving overhead faults soak
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 

@@ -1,8 +1,9 @@
-"""Tables and plot of docs/performance.md from the newest rows of benchmarks/results.
+"""Tables of docs/performance.md and docs/reliability.md, and the plot, from the newest rows of
+benchmarks/results.
 
     python benchmarks/plot.py
 
-Each block of the document between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is written anew; blocks
+Each block of a document between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is written anew; blocks
 whose benchmark has no row yet stay as they are. The plot is docs/images/performance.svg.
 """
 
@@ -189,6 +190,55 @@ def accuracy_table(results: Path) -> str:
     )
 
 
+def faults_table(results: Path) -> str:
+    """What each fault did to each trainer."""
+    names = {"diptych": "Diptych", "open_clip": "open_clip 3.3.0", "accelerate": "Accelerate"}
+    (row,) = newest("faults", (), results)
+    lines = [
+        [row["faults_told"][fault], *(outcome(of.get(kind)) for kind in names)]
+        for fault, of in row["faults"].items()
+    ]
+    return table(["fault", *names.values()], lines)
+
+
+def outcome(one: Row | None) -> str:
+    """What a fault did, in words."""
+    if one is None:
+        return "has none"
+    if not one["survived"]:
+        tries = one.get("tries", 1)
+        failed = tries - one.get("tries_survived", 0)
+        often = f" in {failed} of {tries} tries" if tries > 1 else ""
+        return f"**lost**{often}" if one["difference"] is None or tries > 1 else "**weights lost**"
+    if (off := one["difference"]) > 1:
+        return "**weights destroyed**, not a word of it"
+    words = ["the same bits" if off == 0 else f"weights {off:.1%} off"]
+    if one["steps_again"]:
+        words.append(f"{one['steps_again']} steps again")
+    for what, told in (("missing", "samples missed"), ("repeated", "seen twice")):
+        if one[what]:
+            words.append(f"{one[what]} {told}")
+    return ", ".join(words)
+
+
+def soak_table(results: Path) -> str:
+    """The newest soak."""
+    (row,) = newest("soak", (), results)
+    lines: list[list[Any]] = [
+        ["steps, on so many processes", f"{row['steps']:,} on {row['ranks']}"],
+        ["kills", row["kills"]],
+        ["of them with half a checkpoint left behind", row["kills_that_left_half_a_checkpoint"]],
+        [
+            "most steps that one kill cost (allowed)",
+            f"{row['most_steps_lost']} ({row['steps_lost_allowed']})",
+        ],
+        ["differences to the undisturbed run", len(row["differences"])],
+        ["temporary files, processes, shared memory left", len(row["left_over"] + row["shm_files_left"])],
+        ["growth of memory over the undisturbed run", f"{row['memory_growth'] - 1:.1%}"],
+    ]
+    return table(["", f"{row['date'][:10]}, {maker(row)}"], lines)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "step": ("train_step", step_table),
     "difference": ("train_step", difference_table),
@@ -199,6 +249,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "grad_cache": ("grad_cache", lambda results: scalars_table("grad_cache", results)),
     "compile": ("compile", lambda results: scalars_table("compile", results)),
     "time_to_accuracy": ("time_to_accuracy", accuracy_table),
+    "faults": ("faults", faults_table),
+    "soak": ("soak", soak_table),
 }
 
 
@@ -290,10 +342,10 @@ def _curves(left: int, results: Path) -> list[str]:
 
 
 def main() -> None:
-    document = DOCS / "performance.md"
-    document.write_text(fill(document.read_text()))
+    for document in (DOCS / "performance.md", DOCS / "reliability.md"):
+        document.write_text(fill(document.read_text()))
     (DOCS / "images" / "performance.svg").write_text(svg())
-    print(f"written: {document} and its plot")
+    print("written: docs/performance.md with its plot, docs/reliability.md")
 
 
 if __name__ == "__main__":

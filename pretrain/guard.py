@@ -34,7 +34,6 @@ from .tracking import cut_metrics
 
 __all__ = ["Guard"]
 
-_SOUND, _NOT_FINITE, _SPIKE, _OVERFLOW = range(4)
 _AT_MOST = 100  # steps whose numbers wait on the device
 
 Tell = Callable[[dict[str, Any]], None]
@@ -42,14 +41,15 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that is not yet judged on the host: ``numbers`` float64 [3] on the device are verdict, loss and
-    gradient norm; the rest says which samples this rank had in it."""
+    """A step that is not yet judged on the host: loss and gradient norm, float64 [2], and whether one is a
+    spike, a bool [], on the device; and which samples this rank had in it."""
 
     step: int
     epoch: int
     sample_ids: Tensor
     sources: Tensor
     numbers: Tensor
+    spike: Tensor
 
 
 class Guard:
@@ -74,6 +74,7 @@ class Guard:
         self._scaled = state.scaler is not None
         self._waits = state.device.type != "cpu" if waits is None else waits
         self._spikes = SpikeWatch(config.spike, state.device) if config.spike.action != "off" else None
+        self._no = torch.zeros((), dtype=torch.bool, device=state.device)
         self._steps: list[_Step] = []
         norms = [module for module in state.root.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
@@ -101,20 +102,15 @@ class Guard:
 
         loss, grad_norm: one-element tensors on the device.
         """
-        loss, grad_norm = loss.detach().reshape(()), grad_norm.detach().reshape(())
-        told, finite = torch.isfinite(loss), torch.isfinite(loss) & torch.isfinite(grad_norm)
-        verdict = torch.where(finite, _SOUND, _NOT_FINITE)
-        if self._scaled:  # fp16's scaler copes with gradients that overflow
-            verdict = torch.where(told & ~finite, _OVERFLOW, verdict)
-        if self._spikes is not None:
-            verdict = torch.where(self._spikes.look(loss, grad_norm) & finite, _SPIKE, verdict)
-        numbers = torch.stack([verdict.double(), loss.double(), grad_norm.double()])
+        numbers = torch.stack([loss.detach().reshape(()), grad_norm.detach().reshape(())]).double()
+        sound = (numbers - numbers == 0).all()  # finite
+        spike = self._no if self._spikes is None else self._spikes.look(numbers)
+        if self.config.spike.action == "skip":
+            sound &= ~spike
         step = self._state.step + 1
-        self._steps.append(_Step(step, batch["epoch"], batch["sample_id"], batch["source"], numbers))
+        ids, sources = batch["sample_id"], batch["source"]
+        self._steps.append(_Step(step, batch["epoch"], ids, sources, numbers, spike))
         self._since_row += 1
-        sound = verdict == _SOUND
-        if self.config.spike.action != "skip":
-            sound |= verdict == _SPIKE
         if not self._waits:
             if passes := bool(sound):
                 return passes
@@ -139,7 +135,8 @@ class Guard:
         steps, self._steps = self._steps, []
         if steps:
             values = torch.stack([one.numbers for one in steps]).tolist()  # sync point
-            rungs = [self._judge(one, *numbers) for one, numbers in zip(steps, values, strict=True)]
+            spikes = torch.stack([one.spike for one in steps]).tolist()
+            rungs = [self._judge(*one) for one in zip(steps, values, spikes, strict=True)]
             if worst := next((rung for rung in ("stop", "rollback") if rung in rungs), ""):
                 self._climb(worst, values[-1])
         every = self.config.replicas_every_steps
@@ -155,23 +152,27 @@ class Guard:
         if to_save and self.config.replicas_every_steps and self._compared < self._state.step:
             self._compare()
         if not works(self._state.root):
-            self._climb(self.ladder.back(), [_NOT_FINITE, math.inf, math.nan])
+            self._climb(self.ladder.back(), [math.inf, math.nan])
         self._ready = self._state.step if to_save else -1
 
-    def _judge(self, one: _Step, verdict: float, loss: float, grad_norm: float) -> str:
-        if verdict == _SOUND:
-            return ""
+    def _judge(self, one: _Step, both: list[float], spike: bool) -> str:
+        """What a step leads to: nothing, or a rung of the ladder."""
+        loss, grad_norm = both
         numbers = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-        if verdict == _OVERFLOW:
-            self.ladder.overflows += 1
-            return ""
-        if verdict == _SPIKE:
+        reason = "spike" if spike else ""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            reason = "not finite"
+            if self._scaled and math.isfinite(loss):  # fp16's scaler copes with gradients that overflow
+                self.ladder.overflows += 1
+                return ""
+        elif spike:
             self.ladder.spikes += 1
             if self.config.spike.action == "warn":
                 self._say("spike", one.step, f"step {one.step} is a spike ({numbers})")
                 return ""
+        if not reason:
+            return ""
         rung = self.ladder.bad(one.step)
-        reason = "spike" if verdict == _SPIKE else "not finite"
         mine = {"step": one.step, "ids": one.sample_ids.tolist(), "sources": one.sources.tolist()}
         everyone = distributed.gather_json(mine)
         assert {part["step"] for part in everyone} == {one.step}, "ranks judge a step differently"
@@ -222,8 +223,8 @@ class Guard:
         left_out = f"left out: steps {', '.join(map(str, recent[-8:]))}"
         bad = left_out if recent else "weights give no finite features"
         return (
-            f"optim.lr: the loss diverged at step {self._state.step} (loss {last[1]:.4g}, gradient norm "
-            f"{last[2]:.4g}; {bad}), {why}; lower optim.lr (now {self._lr:g}) or lengthen "
+            f"optim.lr: the loss diverged at step {self._state.step} (loss {last[0]:.4g}, gradient norm "
+            f"{last[1]:.4g}; {bad}), {why}; lower optim.lr (now {self._lr:g}) or lengthen "
             f"schedule.warmup_samples, look at the samples in {self.path}, or raise guard.max_skips or "
             "guard.max_rollbacks to go on; checkpoints up to here are untouched"
         )

@@ -7,7 +7,8 @@ forks. Lines of JSON go in, one line of JSON comes back for each:
     {"words": [..], "environment": {..}, "log": PATH, "point": {..} or null}    -> {"pid": N}
     {}    -> {"ended": {PID: {"code": -9, "cpu_s": .., "mib": ..}, ..}}    what has ended since
 
-``words`` are those of the ``diptych`` command. ``point`` is where the process ends itself by SIGKILL: before
+``words`` are those of the ``diptych`` command, or of the function ``main`` (``module:name``), which is looked
+for in ``paths`` first. ``point`` is where the process ends itself by SIGKILL: before
 the ``number``-th audit event (PEP 578) whose ``EVENT ARGUMENT`` the pattern ``event`` matches, once there
 was one that ``after`` matches, or in the ``number``-th call of the function ``call`` (``module:name``),
 ``delay_s`` later.
@@ -92,8 +93,9 @@ def become(job: dict[str, Any]) -> int:
     os.environ |= job["environment"]
     if job["point"] is not None:
         arm(job["point"])
-    main = importlib.import_module("diptych.cli.main").main
-    return int(main(job["words"]))
+    sys.path[:0] = job.get("paths", [])
+    module, _, name = job.get("main", "diptych.cli.main:main").partition(":")
+    return int(getattr(importlib.import_module(module), name)(job["words"]) or 0)
 
 
 def ended() -> dict[int, dict[str, Any]]:

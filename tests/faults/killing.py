@@ -105,10 +105,16 @@ class Forker:
         return json.loads(line)
 
     def start(
-        self, words: Sequence[str], log: Path, *, environment: dict[str, str], point: dict[str, Any] | None
+        self,
+        words: Sequence[str],
+        log: Path,
+        *,
+        environment: dict[str, str],
+        point: dict[str, Any] | None = None,
+        **more: Any,
     ) -> int:
-        """A new process ``diptych WORDS``; its number."""
-        job = {"words": list(words), "log": str(log), "environment": environment, "point": point}
+        """A new process ``diptych WORDS``, or what ``more`` says (see forker.py); its number."""
+        job = {"words": list(words), "log": str(log), "environment": environment, "point": point, **more}
         return int(self._ask(job)["pid"])
 
     def look(self, pid: int) -> dict[str, Any] | None:
@@ -140,8 +146,8 @@ class Start:
     """Whether the ranks that were not killed ended by themselves."""
     cpu_s: float = 0.0
     peak_mib: float = 0.0
-    sample: dict[str, float] = field(default_factory=dict[str, float])
-    """What rank 0 held when it logged its last row: ``rss_mib``, ``fds``, ``threads``; ``steps`` it did."""
+    samples: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    """What rank 0 held after so many ``steps`` of its own: ``rss_mib``, ``fds``, ``threads``."""
     torn: int = 0
     """Temporary folders that the kill left."""
 
@@ -259,8 +265,8 @@ class Runner:
             # a start that goes on puts another file in the place of the metrics
             rows = rows_of(self.run) if inode(self.run) != before else []
             grown = max([start.first, *(row["step"] for row in rows)]) - start.first
-            if grown > start.sample.get("steps", 0):
-                start.sample |= {**sample(pids[0]), "steps": grown}
+            if grown > len(start.samples):
+                start.samples += [{"steps": grown, **sample(pids[0])}] * (grown - len(start.samples))
                 deadline = now + PATIENCE_S
             if outside is not None:
                 due = min(due, now + outside.delay_s) if grown >= outside.rows else due

@@ -214,7 +214,7 @@ def test_a_run_killed_on_the_ladder_goes_on_to_the_same_end(dies: int, config: P
             *LADDER,
             "checkpoint.every_steps=8",
         ]
-        return subprocess.run(command, env=os.environ | dying, timeout=120, check=False).returncode
+        return subprocess.run(command, env=os.environ | dying, timeout=300, check=False).returncode
 
     assert run(tmp_path / "straight", None) == 0
     assert run(tmp_path / "killed", dies) == -signal.SIGKILL

@@ -59,7 +59,7 @@ def watch(losses: list[float], norms: list[float] | None = None, **config: Any) 
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True)):
         state, spikes = spikes.state_dict(), SpikeWatch(SpikeConfig(**config), CPU)
         spikes.load_state_dict(state)
-        if spikes.look(torch.tensor(loss), torch.tensor(norm)):
+        if spikes.look(torch.tensor([loss, norm], dtype=torch.float64)):
             found.append(step)
     return found
 
