@@ -6,6 +6,7 @@ processes: the loader keeps their batches in order, so the place in the order is
 """
 
 import atexit
+import copy
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Self
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -34,6 +36,7 @@ from .datasets import (
     resumed_order,
 )
 from .order import AnyOrder, Steps, rank_slice
+from .stacks import Stacks, answer
 from .stages import Shape, Shapes, StageConfig
 from .text import Tokenizer
 
@@ -78,6 +81,7 @@ class Stream(Iterator[Batch]):
         self._pin_memory = pin_memory
         self._epoch = self._step = 0
         self._batches: Iterator[Batch | Failure] | None = None
+        self._stacks = Stacks()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,6 +144,23 @@ class Stream(Iterator[Batch]):
         for s, source in enumerate(self._sources):
             source.shards.prefetch([shard for own, shard in ahead if own == s])
 
+    def worker_stacks(self) -> str:
+        """What the worker processes are doing, in lines for people; "" without workers. For any thread."""
+        return self._stacks.of([worker.pid for worker in getattr(self._batches, "_workers", [])])
+
+    def shards_due(self) -> list[str]:
+        """Names of the shards that this rank's next batch comes from, if they are known. For any thread."""
+        if not self._sources:
+            return []
+        rows = rank_slice(self._recipe.rank, self._recipe.world_size, self._order.global_batch_size)
+        places = copy.deepcopy(self._order).places(self._epoch, self._step, rows)
+        names: dict[str, None] = {}
+        for s, source in enumerate(self._sources):
+            ids = source.sample_ids(places.ordinal[places.source == s])
+            numbers = np.searchsorted(np.cumsum(source.shards.shard_sizes), ids, side="right")
+            names |= dict.fromkeys(source.shards.shard_names[number] for number in numbers)
+        return list(names)
+
     def _start(self) -> Iterator[Batch | Failure]:
         maker = BatchMaker(self._sources, self._order, self._tokenizer, self._recipe, self._seed)
         steps = Steps(self._epoch, self._step, self.steps_per_epoch)
@@ -163,7 +184,7 @@ class Stream(Iterator[Batch]):
                 prefetch_factor=self._config.prefetch,
                 multiprocessing_context=self._config.start_method,
                 collate_fn=_unchanged,
-                worker_init_fn=partial(_start_worker, os.getpid() if in_main else None),
+                worker_init_fn=partial(_start_worker, os.getpid() if in_main else None, self._stacks.path),
                 generator=torch.Generator(),  # else a start draws one of the run's random numbers
                 pin_memory=self._pin_memory,
                 timeout=LOOK_S,
@@ -262,8 +283,10 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(parent: int | None, _: int) -> None:
-    """``parent``: the training process, if its main thread starts the worker."""
+def _start_worker(parent: int | None, stacks: str, _: int) -> None:
+    """``parent``: the training process, if its main thread starts the worker; ``stacks``: where the
+    worker writes what it does when asked."""
+    answer(stacks)
     # what a terminal or Slurm sends to all processes is the training process's to handle; workers end with it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,6 @@
 """How the processes of a run agree: on a mistake, on what one of them found, on the end of another."""
 
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -7,7 +8,7 @@ from typing import TypeVar
 from ..configs.errors import UserError
 from . import distributed
 
-__all__ = ["on_rank_0", "others_watched", "together"]
+__all__ = ["launched", "on_rank_0", "others_watched", "together"]
 
 T = TypeVar("T")
 LOST = ("peer", "gloo", "NCCL", "socket")  # in what torch says when another process is gone
@@ -39,15 +40,24 @@ def on_rank_0(function: Callable[[], T]) -> T | None:
     return value
 
 
+def launched() -> int:
+    """How many processes the launcher has started for this run, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def others_watched() -> Generator[None]:
-    """Inside, the end of another process is a UserError and not what torch says of its connections."""
+    """Inside, the end of another process is a UserError and not what torch says of its connections. The group
+    may be made and left inside, too."""
     try:
         yield
     except RuntimeError as error:
-        if distributed.world_size() == 1 or not any(word in str(error) for word in LOST):
+        if launched() == 1 or not any(word in str(error) for word in LOST):
             raise
-        raise UserError(
-            "another process of this run has ended, and all must work together; the same command goes on "
-            "from what is saved"
-        ) from error
+        late = "imed out" in str(error)
+        lost = UserError(
+            f"another process of this run {'does not answer' if late else 'has ended'}, and all must work "
+            "together; the same command goes on from what is saved"
+        )
+        lost.alone = True  # who tells it else?
+        raise lost from error

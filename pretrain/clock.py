@@ -1,13 +1,15 @@
-"""Speed of a run between two logs, without the time for evaluating and saving."""
+"""Speed of a run between two logs, without the time for evaluating and saving, and who is slow in it."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from . import distributed
 from .flops import Costs
+from .memory import host_memory
 from .peaks import peak_flops
 
 __all__ = ["Clock"]
@@ -28,9 +30,12 @@ class Clock:
         device: str | torch.device = "cpu",
         costs: Costs | None = None,
         precision: str = "fp32",
+        on_pause: Callable[[], None] = lambda: None,
     ) -> None:
         """``samples_seen``: global samples before the first step. ``costs`` adds rates of arithmetic to the
-        rows; ``precision`` (fp32, bf16 or fp16) says which of the device's peaks they are held against."""
+        rows; ``precision`` (fp32, bf16 or fp16) says which of the device's peaks they are held against.
+        ``on_pause`` is called at the beginning of every pause."""
+        self._on_pause = on_pause
         self.device, self.costs = torch.device(device), costs
         self.peak = peak_flops(self.device, DTYPES[precision]) if costs is not None else None
         self._reset(samples_seen)
@@ -46,6 +51,7 @@ class Clock:
     @contextmanager
     def paused(self) -> Generator[None]:
         """Time inside is not counted."""
+        self._on_pause()
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
@@ -94,6 +100,11 @@ class Clock:
         (``share_forward``). With costs: ``tflops_computed`` and ``tflops_dense``, 10^12 FLOP per second
         really computed and those that a padded, uncut step would take, and, where the device's peak is
         known, ``mfu``, the share of it that goes into what is needed once.
+
+        All processes call it at once: ``host_memory_gib`` is the largest one's. With several of them
+        ``rank_s_min``, ``rank_s_median`` and ``rank_s_max`` are over the processes, the seconds per step in
+        which one waits for no other (data, forward, update; with FSDP the last two only nearly so),
+        ``slowest_rank`` is whose they are most, and ``data_wait_fraction_max`` is the largest of them.
         """
         self._settle()
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
@@ -115,8 +126,22 @@ class Clock:
         if self.peak is not None:
             row["mfu"] = self._needed / seconds / self.peak
         row |= {f"share_{name}": part / seconds for name, part in self._parts.items()}
+        row |= self._ranks(seconds)
         self._reset(samples_seen)
         return {key: float(f"{value:.5g}") for key, value in row.items()}
+
+    def _ranks(self, seconds: float) -> dict[str, float]:
+        """What the processes differ in, by one exchange of three numbers."""
+        own = self._waited + self._parts.get("forward", 0.0) + self._parts.get("update", 0.0)
+        mine = [own / max(1, self._steps), self._waited / seconds, host_memory()]
+        everyone = distributed.stack(torch.tensor(mine, dtype=torch.float64))
+        row = {"host_memory_gib": everyone[:, 2].max().item()}
+        if len(everyone) > 1:
+            times = everyone[:, 0]
+            row |= {"rank_s_min": times.min().item(), "rank_s_median": times.median().item()}
+            row |= {"rank_s_max": times.max().item(), "slowest_rank": int(times.argmax())}
+            row["data_wait_fraction_max"] = everyone[:, 1].max().item()
+        return row
 
     def _settle(self) -> None:
         """Read the events, once the last of them has happened."""

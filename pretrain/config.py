@@ -16,6 +16,7 @@ from .schedule import ScheduleConfig
 from .stages import Stage
 from .towers import ModelConfig
 from .tracking import TrackingConfig
+from .watch import WatchConfig
 
 __all__ = ["CheckpointConfig", "PretrainConfig", "TrainConfig", "ValidationConfig"]
 
@@ -47,8 +48,6 @@ class TrainConfig(StrictModel):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process; null shares the machine's cores among its processes."""
     log_every_steps: int = Field(default=10, ge=1)
-    timeout_s: float = Field(default=600.0, gt=0)
-    """How long a process waits for the others before it gives up."""
 
     def micro_batches(self, world_size: int) -> int:
         """Into how many each process cuts its share of a batch, the same number on all."""
@@ -93,6 +92,7 @@ class PretrainConfig(StrictModel):
     resume: ResumeConfig = ResumeConfig()
     guard: GuardConfig = GuardConfig()
     evaluate: ValidationConfig = ValidationConfig()
+    watch: WatchConfig = WatchConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

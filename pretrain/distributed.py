@@ -1,4 +1,4 @@
-"""Every torch.distributed call of the project.
+"""Every torch.distributed call of the project, but for how processes find each other (``meeting``).
 
 All functions also work without a process group (one process: rank 0 of 1) and then cost nothing. Rows may be
 spread unevenly: a rank may hold fewer rows than the others, or none, and still joins every collective. NCCL
@@ -14,7 +14,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -22,12 +22,14 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..configs.errors import UserError
+from .meeting import meet
 
 Group = dist.ProcessGroup | None
 
@@ -36,8 +38,9 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> torch.device:
     """Join the process group that torchrun or accelerate announced, and return this process's device.
 
     ``device`` is ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``. Without ``WORLD_SIZE`` in the
-    environment no group is made. A group that exists already is used as it is. Raises UserError for CUDA
-    without a GPU.
+    environment no group is made. A group that exists already is used as it is. Collectives, and the wait for
+    the others here, may take ``timeout_s``. Raises UserError for CUDA without a GPU, and for others that do
+    not come.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +52,22 @@ def setup(device: str = "auto", *, timeout_s: float = 600.0) -> torch.device:
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_s),
+            store=meet(timeout_s),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
     return local
+
+
+def set_timeout(seconds: float) -> None:
+    """How long the collectives that begin from now on may take."""
+    if is_initialized():
+        old = "_set_pg_timeout"  # before torch 2.14
+        set_ = getattr(dist, "set_timeout", None) or getattr(distributed_c10d, old)
+        set_(timedelta(seconds=seconds))
 
 
 def teardown() -> None:
@@ -248,33 +265,6 @@ def gather_json(value: Any) -> list[Any]:
     counts = row_counts(data.shape[0])
     parts = all_gather_rows(data, counts).split(counts)
     return [json.loads(part.numpy().tobytes()) for part in parts]
-
-
-LOST = "the launcher's end"
-
-
-def notice(key: str, text: str) -> None:
-    """Leave ``text`` where every process finds it by ``noticed``; no process waits, so any thread may. Does
-    nothing without a process group, or if its store has ended with the launcher."""
-    with suppress(RuntimeError, ValueError):  # the latter when there is a group no longer
-        if world_size() > 1:
-            _store().set(key, text)
-
-
-def noticed(key: str) -> str:
-    """The text that a process left, "" if there is none, ``LOST`` if the store ended with the launcher."""
-    try:
-        if world_size() == 1 or not _store().check([key]):
-            return ""
-        return _store().get(key).decode()
-    except RuntimeError:
-        return LOST
-    except ValueError:  # there is no group any more
-        return ""
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] # no public way
 
 
 class _ScalarMean:

@@ -37,6 +37,8 @@ MOST = 1 << 24
 """No number of a model's config is larger; a few have less to go by."""
 MOST_OF = {"layers": 1024, "context_length": 1 << 14, "image_size": 1 << 13}
 LONGEST_TEXT = 1000
+NULLABLE = {"timm_proj", "patch_size"}
+"""Keys that are null in configs of open_clip's own, whatever their declared types."""
 TOWERS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -85,7 +87,7 @@ def _check_values(given: Mapping[str, Any], cls: type, where: str) -> None:
                 raise UserError(
                     f"{where}.{name}: {_told(leaf)} is more than a model has ({MOST_OF.get(name, MOST)})"
                 )
-    unset = {f.name for f in fields(cls) if f.default is None}  # whose type open_clip does not always say so
+    unset = NULLABLE | {f.name for f in fields(cls) if f.default is None}
     whole = {k: v for k, v in given.items() if v is not None or k not in unset}
     try:
         _adapter(cls).validate_json(json.dumps(whole), strict=True)
@@ -95,7 +97,7 @@ def _check_values(given: Mapping[str, Any], cls: type, where: str) -> None:
         said = first["msg"][:1].lower() + first["msg"][1:]
         raise UserError(f"{where}.{name}: {_told(given.get(name))}: {said}") from error
     for name in ("layers", "width", "patch_size", "image_size", "heads", "head_width", "context_length"):
-        if name in given and any(leaf < 1 for leaf in _leaves(given[name], f"{where}.{name}")):
+        if given.get(name) is not None and any(leaf < 1 for leaf in _leaves(given[name], f"{where}.{name}")):
             raise UserError(f"{where}.{name}: {_told(given[name])} must be at least 1")
     if (layers := given.get("layers")) and sum(_leaves(layers, where)) > MOST_OF["layers"]:
         raise UserError(f"{where}.layers: {_told(layers)} is more than a model has ({MOST_OF['layers']})")

@@ -33,6 +33,7 @@ from .run import NONE, compare, config_hash, run_path, write_config
 from .saver import Saver, require_shared
 from .state import TrainState
 from .tracking import Tracker, cut_metrics
+from .watch import Watch
 
 __all__ = ["RunParts", "Show"]
 
@@ -55,8 +56,8 @@ class RunParts:
 
     show: Show | None = None
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: PretrainConfig, device: torch.device, watch: Watch) -> None:
+        self.config, self.device, self.watch = config, device, watch
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.batch_size = config.train.global_batch_size
         set_threads(config.train.threads)
@@ -67,6 +68,7 @@ class RunParts:
         self._check_data()
         self._build_engine()
         self._open_folder()
+        self.watch.follow(lambda: self.state.step, self.stream)
 
     def _build_model(self) -> None:
         """The same weights on every rank, then random numbers of each rank's own."""

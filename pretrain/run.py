@@ -36,6 +36,7 @@ FREE = (
     "checkpoint",
     "guard",
     "tracking",
+    "watch",
     "evaluate",
     "data.workers",
     "data.prefetch",
@@ -52,7 +53,6 @@ FREE = (
     "train.device",
     "train.threads",
     "train.log_every_steps",
-    "train.timeout_s",
     "resume",
 )
 

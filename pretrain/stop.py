@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from . import distributed
+from . import meeting
 
 __all__ = ["STOPPING", "StopRequest", "Stopped", "stop_on_signals"]
 
@@ -73,12 +73,12 @@ class StopRequest:
 
     def heard(self) -> bool:
         """Whether this process or another of the run was told to stop."""
-        self.reason = self.reason or distributed.noticed(self._key)
+        self.reason = self.reason or meeting.noticed(self._key)
         return self.asked
 
     def tell(self) -> None:
         """Let the other ranks hear of it."""
-        distributed.notice(self._key, self.reason)
+        meeting.notice(self._key, self.reason)
 
     def closed(self) -> None:
         """Signals no longer raise."""

@@ -15,7 +15,7 @@ import torch
 
 from ..configs.errors import UserError
 from . import distributed
-from .agree import on_rank_0
+from .agree import on_rank_0, others_watched
 from .clock import Clock
 from .config import PretrainConfig
 from .contrastive import contrastive_loss
@@ -24,6 +24,7 @@ from .ending import begun, mark_end, stopped_early
 from .engine import no_sync
 from .fit import notes
 from .gradcache import forward_backward
+from .memory import memory_told
 from .model import clamp_logit_scale
 from .optim import clip_gradients, set_lr
 from .owner import RunLock
@@ -32,6 +33,7 @@ from .run import run_path
 from .schedule import lr_at
 from .stages import patch_dropout_at
 from .stop import Stopped, StopRequest, stop_on_signals
+from .watch import Watch, record_flights
 
 __all__ = ["Outcome", "Show", "train"]
 
@@ -62,11 +64,14 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
     The same on every rank. Raises UserError for what the user can mend, on every rank alike.
     """
     lock = RunLock(run_path(config))
-    with stop_on_signals(lambda reason: stopped_early(lock, reason)) as stop:
+    record_flights(lock.folder)
+    watch = Watch(config.watch, lock.folder)
+    early = partial(stopped_early, lock)
+    with others_watched(), memory_told(config.train), watch, stop_on_signals(early) as stop:
         try:
-            device = distributed.setup(config.train.device, timeout_s=config.train.timeout_s)
+            device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
             on_rank_0(lambda: begun(lock.take().folder))
-            run = _Run(config, device)
+            run = _Run(config, device, watch)
             run.show = show if run.rank == 0 else None
             try:
                 return run.go(stop)
@@ -92,7 +97,13 @@ class _Run(RunParts):
             self.show.start(self._facts())
         self.saver.tell = partial(self.log, "checkpoint")
         precision = config.train.precision
-        clock = Clock(state.samples_seen, device=self.device, costs=self.costs, precision=precision)
+        clock = Clock(
+            state.samples_seen,
+            device=self.device,
+            costs=self.costs,
+            precision=precision,
+            on_pause=self.watch.be_patient,
+        )
         self.model.train()
         stop.closed()
         self.stream.while_waiting = stop.look
@@ -123,6 +134,7 @@ class _Run(RunParts):
                 self.optimizer.zero_grad()
             state.step += 1
             state.samples_seen += self.batch_size
+            self.watch.step_done()
             clock.count(batch, recomputed=self.micro_batches > 1 or config.train.grad_checkpointing)
 
             # -- what the step leaves behind
@@ -142,6 +154,7 @@ class _Run(RunParts):
                 with clock.paused():
                     self.guard.ready(to_save=True)
                     self.saver.save()
+        self.watch.be_patient()
         self.guard.ready(to_save=True)
         self.saver.finish()
         return self._end(stop)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 
 from diptych.cli.main import main
@@ -19,6 +20,7 @@ from diptych.configs.errors import UserError
 from diptych.configs.load import read_yaml
 from diptych.finetune.predictor import Predictor
 from diptych.pretrain.model import load_model
+from diptych.pretrain.model_check import check_model_cfg
 
 from ..finetune.labelled import write_config, write_task
 from ..finetune.runs import finetune
@@ -133,6 +135,13 @@ def test_a_report_of_a_changed_run_holds_no_script(
     survive(made / "run", tmp_path, 3, 40, report)
 
 
+def test_every_config_of_open_clip_passes() -> None:
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        if "multimodal_cfg" not in config:
+            check_model_cfg(config)
+
+
 BIG = {
     "width": {"vision_cfg": {"width": 1 << 20, "head_width": 1 << 10}},
     "depth": {"text_cfg": {"layers": 10**9}},
@@ -144,6 +153,7 @@ LIMITED = """
 import resource, sys
 from diptych.configs.errors import UserError
 from diptych.pretrain.model import load_model
+from diptych.pretrain.model_check import check_model_cfg
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2)
 for folder in sys.argv[1:]:
     try:

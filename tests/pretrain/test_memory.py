@@ -1,0 +1,70 @@
+"""Out of memory: numbers and mends in one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diptych.configs.errors import UserError
+from diptych.pretrain.config import TrainConfig
+from diptych.pretrain.memory import host_memory, memory_told, mends
+
+from .train_runs import make_data, write_config
+
+BATCH = TrainConfig(global_batch_size=64, total_samples=64)
+
+
+def test_a_failed_allocation_tells_numbers_and_two_settings() -> None:
+    with pytest.raises(UserError) as told, memory_told(BATCH):
+        torch.empty(1 << 50, dtype=torch.uint8)
+    text = str(told.value)
+    assert "the host ran out of memory (asked for 1.05e+06 GiB, free " in text
+    assert text.endswith("set train.micro_batch_size=32 and train.grad_checkpointing=true")
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shape"), memory_told(BATCH):
+        raise RuntimeError("shape")
+
+
+def test_mends_need_less_than_what_is_set() -> None:
+    last = BATCH.model_copy(update={"micro_batch_size": 1, "grad_checkpointing": True})
+    assert mends(last, 1) == []
+    assert mends(last, 4) == ["train.parallel=fsdp"]
+    assert mends(BATCH, 4)[0] == "train.micro_batch_size=8"
+
+
+def test_memory_is_that_of_this_process() -> None:
+    before = host_memory()
+    kept = torch.ones(32 << 20)  # 128 MiB
+    assert host_memory() - before == pytest.approx(0.125, abs=0.02)
+    del kept
+
+
+def test_a_run_past_its_limit_ends_with_code_2(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", make_data(tmp_path / "data"))
+    script = (
+        "import resource, sys\n"
+        "from diptych.pretrain import train\n"
+        "from diptych.cli.main import main\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 28),) * 2)\n"
+        "sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
+    )
+    wide = ["model.vision_cfg.width=1024", "model.vision_cfg.head_width=64", "model.vision_cfg.layers=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(config), f"out={tmp_path / 'run'}", *wide],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "out of memory (asked for" in line
+    assert "limited to" in line
+    assert "train.micro_batch_size=8" in line
