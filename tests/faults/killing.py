@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any, Self
 
 TRAIN = "diptych.pretrain.train"
-# in a row of metrics: what tells of time and not of training
-CLOCK = re.compile(r".*_s$|.*per_s\b|.*per_s_per_device$|.*_fraction$|share_|tflops_|mfu$|tokens_per_sample$")
+# in a row of metrics: what tells of time and memory and not of training
+CLOCK = re.compile(
+    r"(share_|tflops_).*|mfu|tokens_per_sample|slowest_rank"
+    r"|.*(_s|per_s|per_s_per_device|_fraction|_gib)(_(min|median|max))?"
+)
 PATIENCE_S = 180.0  # no start takes so long, even on a machine that has much else to do
 
 
@@ -343,7 +346,7 @@ def kill_until_done(
 
 def without_clock(row: dict[str, Any]) -> dict[str, Any]:
     """A row of metrics without what tells of time."""
-    return {key: value for key, value in row.items() if not CLOCK.match(key)}
+    return {key: value for key, value in row.items() if not CLOCK.fullmatch(key)}
 
 
 def trained(run: Path) -> list[dict[str, Any]]:
