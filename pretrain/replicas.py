@@ -77,8 +77,9 @@ class Difference:
 def compare(fingerprints: Mapping[str, Tensor]) -> Difference | None:
     """None if every fingerprint (int64 [], the same names everywhere) is the same on all processes. All call
     it, and all get the same answer: one all-reduce, and where something differs one gather."""
-    own = torch.stack([value.cpu() for value in fingerprints.values()])  # sync point
+    names = sorted(fingerprints)  # a loaded optimizer has them in another order on every rank
+    own = torch.stack([fingerprints[name].cpu() for name in names])  # sync point
     highest, lowest = distributed.all_reduce_max(torch.stack([own, ~own])).unbind(0)  # ~ turns the order
     if highest.equal(~lowest):
         return None
-    return Difference(list(fingerprints), distributed.stack(own).tolist())
+    return Difference(names, distributed.stack(own).tolist())
