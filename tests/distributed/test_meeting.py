@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] # torch says so of all its stores
 
 from diptych.configs.errors import UserError
 from diptych.pretrain import meeting

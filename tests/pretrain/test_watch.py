@@ -111,7 +111,8 @@ def test_workers_write_their_stacks_and_a_stopped_one_is_named(tmp_path: Path) -
         assert due
         assert text.count("data worker") == 2
         assert text.count("_worker_loop") == 2
-        worker: Any = stream._batches._workers[1]
+        batches: Any = stream._batches
+        worker = batches._workers[1]
         os.kill(worker.pid, signal.SIGSTOP)
         try:
             assert f"data worker 1 (process {worker.pid}) is stopped" in stream.worker_stacks()
