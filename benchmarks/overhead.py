@@ -38,6 +38,7 @@ EVERY_STEP = {
     "flags": ("saver:Saver", ("flags", "heed", "due")),
     "stop": ("stop:StopRequest", ("look", "heard")),
     "metrics": ("tracking:Tracker", ("log",)),
+    "watch": ("watch:Watch", ("step_done", "be_patient", "_look")),
 }
 PER_SAVE = {
     "copying": ("saver:Saver", ("_begin",)),
