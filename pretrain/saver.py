@@ -36,16 +36,17 @@ class _Job:
     """A thread, and what came of it."""
 
     def __init__(self, work: Callable[[], Files]) -> None:
-        self._work = work
         self._error: BaseException | None = None
         self.files: Files = {}
         self.problem = ""
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        # the thread lets go of its work at its end: the work knows the save, and the save knows this job, so
+        # that a copy of the state would stay until the next collection of garbage
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], Files]) -> None:
         try:
-            self.files = self._work()
+            self.files = work()
         except (OSError, UserError) as error:
             self.problem = str(error)
         except BaseException as error:  # a mistake of ours, raised where the loop is

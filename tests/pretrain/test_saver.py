@@ -2,9 +2,11 @@
 the loop."""
 
 import errno
+import gc
 import json
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,21 @@ def test_training_while_the_thread_writes_does_not_leak_into_the_checkpoint(
     assert len(contents(names[0])) == 6
     assert verify(names[0]) is None
     assert not tensors(names[0])["train_model.safetensors/logit_scale"].equal(beside.clip.logit_scale)
+
+
+def test_no_copy_of_the_state_outlives_its_save(tmp_path: Path) -> None:
+    made, _ = make(tmp_path / "run")
+    gc.collect()
+    gc.disable()
+    try:
+        made.save()
+        assert made._now is not None
+        copy = weakref.ref(made._now.snapshot)
+        assert copy() is not None
+        made.wait()
+        assert copy() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
