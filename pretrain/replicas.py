@@ -74,10 +74,15 @@ class Difference:
         return f"{who} from the rest in {self.name} ({self.tensors} of {self.of} entries differ)"
 
 
+def _place_of(name: str) -> tuple[bool, bool, str]:
+    """Weights first, then what is made of them."""
+    return name.startswith("average of "), name.startswith("optimizer of "), name
+
+
 def compare(fingerprints: Mapping[str, Tensor]) -> Difference | None:
     """None if every fingerprint (int64 [], the same names everywhere) is the same on all processes. All call
     it, and all get the same answer: one all-reduce, and where something differs one gather."""
-    names = sorted(fingerprints)  # a loaded optimizer has them in another order on every rank
+    names = sorted(fingerprints, key=_place_of)  # a loaded optimizer has another order on every process
     own = torch.stack([fingerprints[name].cpu() for name in names])  # sync point
     highest, lowest = distributed.all_reduce_max(torch.stack([own, ~own])).unbind(0)  # ~ turns the order
     if highest.equal(~lowest):
