@@ -86,7 +86,9 @@ def test_a_slurm_job_queues_itself_again_until_the_run_is_complete(
     assert json.loads((run / "finished.json").read_text())["step"] == 20
     assert len(asked()) == 1
     (tmp_path / "pid").unlink()
-    assert start("pretrain.sbatch", environment, run, config).wait(60) == 0
+    job = start("pretrain.sbatch", environment, run, config)
+    assert job.communicate(timeout=60)[0].endswith("is complete\n")
+    assert job.returncode == 0
     assert not (tmp_path / "pid").exists()  # nothing was launched
 
 
