@@ -233,7 +233,8 @@ def soak_table(results: Path) -> str:
             f"{row['most_steps_lost']} ({row['steps_lost_allowed']})",
         ],
         ["differences to the undisturbed run", len(row["differences"])],
-        ["temporary files, processes, shared memory left", len(row["left_over"] + row["shm_files_left"])],
+        ["temporary files and processes left", len(row["left_over"])],
+        ["files left in /dev/shm", len(row["shm_files_left"])],
         ["growth of memory over the undisturbed run", f"{row['memory_growth'] - 1:.1%}"],
     ]
     return table(["", f"{row['date'][:10]}, {maker(row)}"], lines)
