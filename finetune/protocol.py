@@ -17,7 +17,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from ..configs.files import atomic_write_text
@@ -67,19 +66,18 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
 
 def _finetune(config: FinetuneConfig, progress: Progress, say: Say) -> dict[str, Any]:
     """One process's share; the result is the first one's."""
-    with ExitStack() as held:
-        sessions = open_sessions(config, progress, say, held)
-        journal = sessions[0].journal
-        try:
-            result = _fixed(sessions[0], say) if config.eval.folds is None else cross_validate(sessions, say)
-        except BaseException:
-            journal.finish(exit_code=1)
-            raise
-        journal.finish()
-        if distributed.rank() == 0:
-            atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
-            for session in sessions:  # also of heads that the config no longer has
-                shutil.rmtree(session.place / "training", ignore_errors=True)
+    sessions = open_sessions(config, progress, say)
+    journal = sessions[0].journal
+    try:
+        result = _fixed(sessions[0], say) if config.eval.folds is None else cross_validate(sessions, say)
+    except BaseException:
+        journal.finish(exit_code=1)
+        raise
+    journal.finish()
+    if distributed.rank() == 0:
+        atomic_write_text(sessions[0].folder / "results.json", json.dumps(result, indent=1) + "\n")
+        for session in sessions:  # also of heads that the config no longer has
+            shutil.rmtree(session.place / "training", ignore_errors=True)
     return result
 
 

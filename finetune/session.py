@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from .encoders.features import FeatureRows, Progress, encoder_fingerprint, extra
 from .encoders.unimodal import open_source
 from .fusion.operators import check_heads
 from .runs.journal import Journal
-from .runs.saved import device_of, occupied, save_encoder
+from .runs.saved import device_of, save_encoder
 from .splits.checks import check_inner, prepare, without
 from .splits.folds import Fold, inner_split, make_folds, strata_of
 from .tables.cells import Picture
@@ -147,14 +146,11 @@ def run_folder(config: FinetuneConfig) -> Path:
     return folder / "holdout" if config.eval.holdout else folder
 
 
-def open_sessions(
-    config: FinetuneConfig, progress: Progress, say: Callable[[str], None], held: ExitStack | None = None
-) -> list[Session]:
+def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str], None]) -> list[Session]:
     """Read, check and encode the table of a config; make the run folder and put config and encoders there.
 
     The sessions are those of ``plan``, over the same rows and features: of fixed splits one, of a
-    cross-validation one per fold and last that of all rows. Until ``held`` is closed, no other run may use
-    the folder.
+    cross-validation one per fold and last that of all rows.
     """
     if config.search is not None:
         import_optuna()
@@ -169,8 +165,6 @@ def open_sessions(
             "out"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if held is not None:
-        on_rank_0(lambda: held.enter_context(occupied(folder)))
     if rows.damaged:
         _quarantine(config, folder, rows, {})
     model = open_source(config.model, device_of(config.device))

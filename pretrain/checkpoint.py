@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..configs import documents
 from ..configs.errors import UserError
 from ..configs.files import fsync_folder
 from .manifest import MANIFEST, scan, seal, verify
 from .retention import superseded
-from .tensor_file import FileFacts, TensorFile, specs, unreadable, write_tensors, write_text
+from .tensor_file import MEND, FileFacts, TensorFile, specs, write_tensors, write_text
 
 __all__ = [
     "MANIFEST",
@@ -173,8 +174,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON file; UserError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
+    """A JSON object of a checkpoint; UserError if it cannot be read."""
+    return documents.read_document(path, MEND)

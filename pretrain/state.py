@@ -20,6 +20,7 @@ import torch
 from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
+from ..configs.documents import as_written
 from ..configs.errors import UserError
 from ..configs.versions import versions
 from ..data.stream import Stream
@@ -38,6 +39,7 @@ from .sharded import (
     write_model,
 )
 from .snapshot import Snapshot, Stager
+from .tensor_file import MEND
 from .towers import bundle_text, open_clip_config
 from .weights import CONFIG_NAME
 
@@ -160,11 +162,12 @@ class TrainState:
         set or order goes on with the next epoch, with a warning.
         """
         trainer = self.go_back(folder, allow_partial=allow_partial)
-        if "stream" in trainer:
-            self._load_stream(trainer["stream"], force=force)
-        if self.guard is not None and trainer.get("guard") is not None:
-            self.guard.load_state_dict(trainer["guard"])
-        self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
+        with as_written(folder / TRAINER_NAME, MEND):
+            if "stream" in trainer:
+                self._load_stream(trainer["stream"], force=force)
+            if self.guard is not None and trainer.get("guard") is not None:
+                self.guard.load_state_dict(trainer["guard"])
+            self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
         if (folder / RNG_NAME).is_file():
             self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
 
@@ -194,12 +197,15 @@ class TrainState:
         self._refuse_partial(folder, self._missing(trainer, saved, folder), allow_partial)
         own = self.clip.state_dict()
         if self.ema is not None:
-            self.ema.load_state_dict(trainer["ema"], saved.all_like("ema", own))
+            averages = saved.all_like("ema", own)
+            with as_written(folder / TRAINER_NAME, MEND):
+                self.ema.load_state_dict(trainer["ema"], averages)
         self.clip.load_state_dict(saved.all_like("weights", own))
         if "optimizer" in saved.names:
             self._load_optimizer(saved)
         if self.scaler is not None and trainer.get("scaler") is not None:
-            self.scaler.load_state_dict(trainer["scaler"])
+            with as_written(folder / TRAINER_NAME, MEND):
+                self.scaler.load_state_dict(trainer["scaler"])
         return trainer
 
     def _missing(self, trainer: Mapping[str, Any], saved: SavedTensors, folder: Path) -> Iterator[str]:

@@ -150,6 +150,10 @@ class TensorFile:
             raise unreadable(self.path, error) from error
 
 
+MEND = "remove its folder to use an older one"
+"""What to do about a file of a checkpoint that cannot be used."""
+
+
 def unreadable(path: Path, error: Exception) -> UserError:
     """What to say of a file of a checkpoint that cannot be read."""
-    return UserError(f"{path} cannot be read ({error}); remove its folder to use an older one")
+    return UserError(f"{path} cannot be read ({error}); {MEND}")

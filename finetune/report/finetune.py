@@ -12,6 +12,7 @@ from .html import (
     cell,
     count,
     interval,
+    mapping,
     missing,
     number,
     percent,
@@ -35,10 +36,6 @@ GAIN = (
 )
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _single(head: Json) -> bool:
     """Whether a head reads one modality alone."""
     return head.get("stage") == "single"
@@ -46,7 +43,7 @@ def _single(head: Json) -> bool:
 
 def _primary(heads: Json) -> str | None:
     """The first metric that all heads have."""
-    metrics = [list(_mapping(_mapping(head).get("metrics"))) for head in heads.values()]
+    metrics = [list(mapping(mapping(head).get("metrics"))) for head in heads.values()]
     common = [m for m in (metrics[0] if metrics else []) if all(m in other for other in metrics)]
     return common[0] if common else None
 
@@ -55,7 +52,7 @@ def _ranked(heads: Json, metric: str) -> list[str]:
     """Names of the heads, best first by the metric; those without a number last."""
 
     def value(name: str) -> float:
-        got = number(_mapping(_mapping(heads[name].get("metrics")).get(metric)).get("value"))
+        got = number(mapping(mapping(heads[name].get("metrics")).get(metric)).get("value"))
         return sign * got if got == got else float("-inf")
 
     sign = 1 if higher_is_better(metric) else -1
@@ -71,7 +68,7 @@ def _selected(heads: Json, metric: str, results: Json) -> str | None:
 
 def finetune_tiles(results: Json) -> list[str]:
     """Headline numbers: the best fused head and each single modality."""
-    heads = {name: _mapping(head) for name, head in _mapping(results.get("heads")).items()}
+    heads = {name: mapping(head) for name, head in mapping(results.get("heads")).items()}
     metric = _primary(heads)
     if metric is None:
         return []
@@ -80,7 +77,7 @@ def finetune_tiles(results: Json) -> list[str]:
     for name in [best, *(n for n in heads if (_single(heads[n]) or n == "zero_shot") and n != best)]:
         if name is None:
             continue
-        score = dict(_mapping(heads[name]["metrics"][metric]))
+        score = dict(mapping(heads[name]["metrics"][metric]))
         levels = ("chance", "majority") if metric == "accuracy" else ("chance",)
         score |= {k: results[k] for k in levels if k in results}
         kind = "head" if results.get("type") == "retrieval" else "fused"
@@ -92,7 +89,7 @@ def finetune_tiles(results: Json) -> list[str]:
 
 def finetune_sections(folder: Path, results: Json, epochs: Sequence[Json] = ()) -> str:
     """The fusion table and what it says; ``epochs``: the lines of metrics.jsonl."""
-    heads = {name: _mapping(head) for name, head in _mapping(results.get("heads")).items()}
+    heads = {name: mapping(head) for name, head in mapping(results.get("heads")).items()}
     metric = _primary(heads)
     if metric is None:
         return "<h2>Fusion</h2>" + missing(
@@ -118,7 +115,7 @@ def finetune_sections(folder: Path, results: Json, epochs: Sequence[Json] = ()) 
 
 def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) -> str:
     ranked = _ranked(heads, metric)
-    scores = [_mapping(heads[name]["metrics"][metric]) for name in ranked]
+    scores = [mapping(heads[name]["metrics"][metric]) for name in ranked]
     values = [number(s.get(k)) for s in scores for k in ("low", "high")]
     known = [v for v in values if v == v]
     chance = number(results.get("chance"))
@@ -126,7 +123,7 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
     share = metric not in UNITS
     edge = 0.02 if share or not known else 0.05 * (max(known) - min(known))
     limits = (min(known) - edge, max(known) + edge) if known else (0.0, 1.0)
-    others = [m for m in _mapping(heads[ranked[0]].get("metrics")) if m != metric][:2]
+    others = [m for m in mapping(heads[ranked[0]].get("metrics")) if m != metric][:2]
     rows: list[list[Any]] = []
     for name, score in zip(ranked, scores, strict=True):
         head = heads[name]
@@ -139,7 +136,7 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
                 score_cell(score, share=share),
                 Html(interval_bar(*ends, reference=reference, limits=limits)),
                 _gain(head, results, share=share),
-                *(score_cell(_mapping(head.get("metrics")).get(m), share=m not in UNITS) for m in others),
+                *(score_cell(mapping(head.get("metrics")).get(m), share=m not in UNITS) for m in others),
                 count(head.get("params")),
                 f"{number(head.get('seconds')):.1f} s" if number(head.get("seconds")) >= 0 else "-",
             ]
@@ -154,7 +151,7 @@ def _fusion_table(heads: dict[str, dict[str, Any]], metric: str, results: Json) 
 def _reliability(heads: dict[str, dict[str, Any]], chosen: str | None, results: Json) -> str:
     """Confidence against what was right, of the chosen head."""
     found = heads[chosen].get("reliability") if chosen is not None else None
-    bins = [_mapping(b) for b in found] if isinstance(found, list) else []
+    bins = [mapping(b) for b in found] if isinstance(found, list) else []
     if not bins:
         return ""
     points = [(number(b.get("confidence")), number(b.get("accuracy"))) for b in bins]
@@ -171,7 +168,7 @@ def _reliability(heads: dict[str, dict[str, Any]], chosen: str | None, results: 
 
 
 def _gain(head: Json, results: Json, *, share: bool) -> Html:
-    versus = _mapping(head.get("vs_best_single"))
+    versus = mapping(head.get("vs_best_single"))
     diff = number(versus.get("diff"))
     if diff != diff:
         return Html("-")

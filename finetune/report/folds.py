@@ -5,7 +5,7 @@ from typing import Any
 
 from ..scores.results import SHARES
 from ..scores.verdict import no_verdict
-from .html import count, number, table, text
+from .html import count, mapping, number, table, text
 
 __all__ = ["fold_section", "gain_tile"]
 
@@ -37,7 +37,7 @@ def gain_tile(results: Json) -> list[str]:
 def fold_section(results: Json) -> str:
     """The fold table of a cross-validation; nothing for runs on fixed splits."""
     folds = [fold for fold in _list(results.get("folds")) if isinstance(fold, dict)]
-    spread, heads = _mapping(results.get("spread")), _mapping(results.get("heads"))
+    spread, heads = mapping(results.get("spread")), mapping(results.get("heads"))
     if not folds or not heads:
         return ""
     metric, names = str(folds[0].get("metric")), [str(name) for name in heads]
@@ -56,13 +56,13 @@ def fold_section(results: Json) -> str:
         line(
             f"repeat {fold.get('repeat')}, fold {fold.get('fold')}",
             f"{count(fold.get('n_test'))} rows, {count(fold.get('n_test_groups'))} groups",
-            [_mapping(fold.get("scores")).get(name) for name in names],
+            [mapping(fold.get("scores")).get(name) for name in names],
             fold.get("gain"),
         )
         for fold in folds
     ]
     for title, key in (("mean", "mean"), ("standard deviation", "sd"), ("least", "min"), ("greatest", "max")):
-        rows.append(line(title, "", [_mapping(spread.get(name)).get(key) for name in names], None))
+        rows.append(line(title, "", [mapping(spread.get(name)).get(key) for name in names], None))
     unit = f"{metric}, in percent" if points else metric
     head = ["fold", "tested", *names, "gain"]
     against = f"gain: {text(results.get('best'))} over {text(results.get('best_single'))}"
@@ -72,7 +72,3 @@ def fold_section(results: Json) -> str:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

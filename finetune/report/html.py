@@ -12,6 +12,7 @@ __all__ = [
     "data_uri",
     "details",
     "encoded",
+    "mapping",
     "missing",
     "number",
     "percent",
@@ -40,6 +41,11 @@ def text(value: Any) -> str:
 def number(value: Any) -> float:
     """A float of what should be one; NaN for anything else."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping as it is; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def count(value: Any) -> str:

@@ -5,7 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from .charts import Series, interval_bar, line_chart
-from .html import Html, cell, count, data_uri, missing, number, percent, score_cell, table, text, tile
+from .html import (
+    Html,
+    cell,
+    count,
+    data_uri,
+    mapping,
+    missing,
+    number,
+    percent,
+    score_cell,
+    table,
+    text,
+    tile,
+)
 
 __all__ = ["pretrain_sections", "pretrain_tiles"]
 
@@ -18,10 +31,6 @@ RECALL = (
 )
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _size(got: Json) -> str:
     return f"{count(got.get('n_images'))} pictures, {count(got.get('n_captions'))} captions"
 
@@ -29,19 +38,19 @@ def _size(got: Json) -> str:
 def pretrain_tiles(evaluation: Json) -> list[str]:
     """Headline numbers: retrieval on the first gallery and on unseen words, and the best zero-shot score."""
     tiles: list[str] = []
-    retrieval = _mapping(evaluation.get("retrieval"))
+    retrieval = mapping(evaluation.get("retrieval"))
     shown = list(retrieval)[:1] + [name for name in list(retrieval)[1:] if name == "test_word"]
     for name in shown:
-        got = _mapping(retrieval[name])
+        got = mapping(retrieval[name])
         note = _size(got)
         for direction, words in DIRECTIONS[: 2 if name == shown[0] else 1]:
-            score = _mapping(_mapping(got.get(direction)).get("R@5"))
+            score = mapping(mapping(got.get(direction)).get("R@5"))
             if score:
                 tiles.append(tile(f"R@5 {words}, {name}", score, note))
     for kind, words in (("zero_shot", "zero-shot"), ("linear_probe", "linear probe")):
-        named = _mapping(evaluation.get(kind))
+        named = mapping(evaluation.get(kind))
         name = next((n for n in named if n.endswith("/subgroup")), next(iter(named), None))
-        if name is not None and _mapping(named[name].get("accuracy")):
+        if name is not None and mapping(named[name].get("accuracy")):
             note = f"{count(named[name].get('classes'))} classes, {count(named[name].get('n'))} pictures"
             tiles.append(tile(f"{words}, {name}", named[name]["accuracy"], note))
     return tiles
@@ -51,13 +60,13 @@ def pretrain_sections(folder: Path, rows: Sequence[Json], evaluation: Json) -> s
     """Everything of one run below its headline; absent parts say how to get them."""
     command = f"diptych evaluate {folder}"
     parts = ["<h2>Training</h2>", _curves(rows), "<h2>Retrieval on held-out pictures</h2>"]
-    parts.append(_retrieval(_mapping(evaluation.get("retrieval"))) or missing("Not evaluated yet:", command))
+    parts.append(_retrieval(mapping(evaluation.get("retrieval"))) or missing("Not evaluated yet:", command))
     parts.append("<h2>Classes</h2>")
     zero_shot = _classification(
-        _mapping(evaluation.get("zero_shot")), "Zero-shot: the nearest class prompt, no label seen"
+        mapping(evaluation.get("zero_shot")), "Zero-shot: the nearest class prompt, no label seen"
     )
     probe = _classification(
-        _mapping(evaluation.get("linear_probe")), "Linear probe: logistic regression on frozen image features"
+        mapping(evaluation.get("linear_probe")), "Linear probe: logistic regression on frozen image features"
     )
     parts.append(zero_shot + probe or missing("No classification scores:", command))
     parts += [f'<p class="missing">{text(note)}</p>' for note in evaluation.get("notes") or []]
@@ -118,17 +127,17 @@ def _retrieval(galleries: Json) -> str:
     rows = [
         [
             cell(name, _size(got)),
-            *(score_cell(_mapping(got.get(way)).get(f"R@{k}")) for way, _ in DIRECTIONS for k in (1, 5, 10)),
+            *(score_cell(mapping(got.get(way)).get(f"R@{k}")) for way, _ in DIRECTIONS for k in (1, 5, 10)),
         ]
-        for name, got in ((n, _mapping(g)) for n, g in galleries.items())
+        for name, got in ((n, mapping(g)) for n, g in galleries.items())
     ]
     return f"<p>{RECALL}</p>" + table("", head, rows)
 
 
 def _classification(scores: Json, caption: str) -> str:
     rows: list[list[Any]] = []
-    for name, got in ((n, _mapping(g)) for n, g in scores.items()):
-        accuracy = _mapping(got.get("accuracy"))
+    for name, got in ((n, mapping(g)) for n, g in scores.items()):
+        accuracy = mapping(got.get("accuracy"))
         levels = [number(accuracy.get(key)) for key in ("majority", "chance")]
         reference = next((level for level in levels if level == level), None)
         bar = interval_bar(*(number(accuracy.get(k)) for k in ("value", "low", "high")), reference=reference)
@@ -143,7 +152,7 @@ def _classification(scores: Json, caption: str) -> str:
                 count(got.get("prompts", got.get("n_train"))),
             ]
         )
-    last = "prompts" if any("prompts" in _mapping(g) for g in scores.values()) else "training pictures"
+    last = "prompts" if any("prompts" in mapping(g) for g in scores.values()) else "training pictures"
     head = ["labels", "accuracy", "interval; dashes: majority", "majority", "chance", "classes", last]
     return table(caption, head, rows)
 
@@ -161,7 +170,7 @@ def _examples(folder: Path, evaluation: Json) -> str:
     if parts:
         note = "<p>Queries chosen by a hash of their names, not by how well they went.</p>"
         return note + "".join(parts[:3])
-    pictures = [data_uri(folder, name) for name in _mapping(evaluation.get("pictures")).values()]
+    pictures = [data_uri(folder, name) for name in mapping(evaluation.get("pictures")).values()]
     return "".join(
         f'<img style="max-width:100%" alt="example retrievals" src="{uri}">' for uri in pictures if uri
     )

@@ -4,6 +4,8 @@ probabilities on labels are said."""
 from collections.abc import Mapping
 from typing import Any
 
+from .html import mapping
+
 __all__ = ["protocol_note", "threshold_note"]
 
 Json = Mapping[str, Any]
@@ -12,7 +14,7 @@ SHOWN = 8  # labels whose thresholds are told
 
 def protocol_note(results: Json) -> str:
     """On which rows the scores are, and how often these were looked at; empty for results that do not say."""
-    cv = _mapping(results.get("cv"))
+    cv = mapping(results.get("cv"))
     if cv:
         folds = f"Scored by cross-validation, {cv.get('folds')} folds"
         if cv.get("rows") == "without_test":
@@ -20,7 +22,7 @@ def protocol_note(results: Json) -> str:
         return f"{folds} of all rows."
     if "test_looks" not in results:
         return ""
-    beside = _mapping(_mapping(results.get("holdout")).get("cv"))
+    beside = mapping(mapping(results.get("holdout")).get("cv"))
     kind = "held-out" if beside else "fixed"
     text = f"Scored on the {kind} test split, {_looks(results['test_looks'])}."
     if not beside:
@@ -44,8 +46,8 @@ def _looks(looks: Any) -> str:
 
 def threshold_note(results: Json) -> str:
     """The thresholds of the recommended head; empty for tasks without them and for one half."""
-    threshold = _mapping(results.get("threshold"))
-    limits = _mapping(_mapping(threshold.get("heads")).get(str(results.get("best"))))
+    threshold = mapping(results.get("threshold"))
+    limits = mapping(mapping(threshold.get("heads")).get(str(results.get("best"))))
     if not limits or threshold.get("setting") == 0.5:
         return ""
     if threshold.get("setting") != "auto":
@@ -57,7 +59,3 @@ def threshold_note(results: Json) -> str:
         f"The {results.get('best')} head says a label from these probabilities on, which have the greatest "
         f"F1 on the inner rows: {', '.join(labels)}{more}{fold}."
     )
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

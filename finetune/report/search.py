@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .html import Html, cell, count, number, plain, table, text
+from .html import Html, cell, count, mapping, number, plain, table, text
 
 __all__ = ["search_section"]
 
@@ -22,7 +22,7 @@ def search_section(results: Mapping[str, Any]) -> str:
     rows = [
         row
         for part, last in (("heads", False), ("final", True))
-        for name, entries in _mapping(found.get(part)).items()
+        for name, entries in mapping(found.get(part)).items()
         for row in _rows(name, entries if isinstance(entries, list) else [entries], found, last=last)
     ]
     rows += [[name, "", "none", "-", "-", "as the config says"] for name in _list(found.get("as_written"))]
@@ -37,7 +37,7 @@ def search_section(results: Mapping[str, Any]) -> str:
 
 def _rows(name: str, entries: list[Any], found: Mapping[str, Any], *, last: bool) -> list[list[Any]]:
     rows: list[list[Any]] = []
-    for entry in map(_mapping, entries):
+    for entry in map(mapping, entries):
         where = f"repeat {entry['repeat']}, fold {entry['fold']}" if "fold" in entry else ""
         scores = [plain(number(entry.get(key))) for key in ("before", "after")]
         seconds = f"{number(entry.get('seconds')):.1f} s"
@@ -47,9 +47,9 @@ def _rows(name: str, entries: list[Any], found: Mapping[str, Any], *, last: bool
 
 
 def _settings(entry: Mapping[str, Any]) -> Html:
-    written = _mapping(entry.get("written"))
+    written = mapping(entry.get("written"))
     parts: list[str] = []
-    for key, value in _mapping(entry.get("settings")).items():
+    for key, value in mapping(entry.get("settings")).items():
         shown = f"{text(key)}&nbsp;{text(f'{value:.3g}' if isinstance(value, float) else value)}"
         parts.append(shown if written.get(key) == value else f"<b>{shown}</b>")
     return Html(", ".join(parts))
@@ -57,7 +57,3 @@ def _settings(entry: Mapping[str, Any]) -> Html:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

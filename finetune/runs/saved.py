@@ -6,14 +6,12 @@ of its own (``unimodal``); ``heads/NAME/`` holds per seed the head
 what a prediction needs. Nothing is unpickled and nothing outside the folder is needed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,30 +36,12 @@ __all__ = [
     "device_of",
     "file_hash",
     "head_folder",
-    "occupied",
     "read_head",
     "read_json",
     "save_encoder",
     "save_head",
     "write_folder"
 ]  # fmt: skip
-
-
-@contextmanager
-def occupied(folder: Path) -> Generator[None]:
-    """Inside, the run folder is this process's: two runs at once would mix their heads. UserError if another
-    one has it. What was killed holds it no more."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder} is being written by another diptych finetune; wait for it, or give another folder "
-                "as out"
-            ) from error
-        except OSError:  # a file system that has no locks
-            pass
-        yield
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

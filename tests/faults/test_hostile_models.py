@@ -21,9 +21,12 @@ from diptych.configs.load import read_yaml
 from diptych.finetune.predictor import Predictor
 from diptych.pretrain.model import load_model
 from diptych.pretrain.model_check import check_model_cfg
+from diptych.pretrain.retention import CheckpointConfig
+from diptych.pretrain.saver import Saver
 
 from ..finetune.labelled import write_config, write_task
 from ..finetune.runs import finetune
+from ..pretrain.states import make_state, step
 
 HOSTILE: list[Any] = [
     *(None, "", -1, 0, 3.5, True, 1e308, float("nan"), 10**9, 10**30, "x" * 100_000),
@@ -123,6 +126,25 @@ def test_a_changed_folder_is_a_model_or_a_sentence_three_hundred_times(
     assert survive(made / what, tmp_path, seed, 150, use) > 10
 
 
+def test_a_training_state_of_somebody_else_is_taken_or_one_sentence(tmp_path: Path) -> None:
+    """Hashes do not help here: who changes a file can change its hash."""
+    state, draw = make_state(), random.Random(0)
+    step(state)
+    Saver(tmp_path, state, CheckpointConfig(asynchronous=False)).save()
+    file = tmp_path / "checkpoints" / "step_00000001" / "trainer.json"
+    before, refused = json.loads(file.read_text()), 0
+    for _ in range(150):
+        file.write_text(json.dumps(changed(before, draw)))
+        sentence = str(file.parent)
+        try:
+            make_state(1).load(file.parent)
+        except UserError as error:
+            refused += 1
+            sentence = str(error)
+        assert str(file.parent) in sentence
+    assert refused > 20
+
+
 @pytest.mark.slow
 def test_a_report_of_a_changed_run_holds_no_script(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -154,6 +176,8 @@ import resource, sys
 from diptych.configs.errors import UserError
 from diptych.pretrain.model import load_model
 from diptych.pretrain.model_check import check_model_cfg
+from diptych.pretrain.retention import CheckpointConfig
+from diptych.pretrain.saver import Saver
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2)
 for folder in sys.argv[1:]:
     try:

@@ -17,8 +17,8 @@ from diptych.cli.main import main
 from diptych.configs.load import load_config
 from diptych.finetune.config import FinetuneConfig
 from diptych.finetune.predictor import Predictor
-from diptych.finetune.runs.saved import occupied
 
+from ..pretrain.train_runs import held
 from .labelled import COLUMNS, match_rows, write_config, write_csv, write_task
 from .runs import contents, finetune, permute_test_labels, stop_at, timeless
 
@@ -101,9 +101,10 @@ def test_a_folder_takes_one_run_at_a_time(folder: Path, capsys: pytest.CaptureFi
     words = ["finetune", str(folder / "finetune.yaml"), "heads=[late]"]
     assert main(words) == 0
     kept = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
-    with occupied(folder / "run"):
+    with held(folder / "run") as pid:
         assert main([*words, "adapt.lr=0.1"]) == 2
-    assert "is being written by another diptych finetune; wait for it" in capsys.readouterr().err
+        assert f"run is in use by process {pid} on " in capsys.readouterr().err
+    (folder / "run" / "lock").unlink()
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == kept
     assert main(words) == 0
 

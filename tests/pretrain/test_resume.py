@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from diptych.pretrain.owner import RunLock
 from diptych.pretrain.run import FIXED, FREE, GUARDED, NONE, compare, write_config
 from diptych.pretrain.train import train
 
-from .train_runs import BATCH, load, losses, make_data
+from .train_runs import BATCH, held, load, losses, make_data
 from .train_runs import write_config as write_file
 
 SHORT = f"train.total_samples={4 * BATCH}"
@@ -162,25 +160,13 @@ def test_moved_data_is_no_other_setting_but_other_weights_are(file: Path, tmp_pa
     assert change(weighed.format("here", 1.0), "data.max_bad_fraction=0.5", "data.on_bad=raise").forced == {}
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from diptych.pretrain.owner import RunLock
-RunLock(Path(sys.argv[1])).take()
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_second_process_is_refused_until_the_first_is_gone(file: Path, done: Path) -> None:
     before = sorted(done.iterdir())
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(done)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .* since 20.*; wait"):
+    with (
+        held(done) as pid,
+        pytest.raises(UserError, match=rf"is in use by process {pid} on .* since 20.*; wait"),
+    ):
         train(load(file, done, SHORT))
-    holder.kill()
-    holder.communicate()
     assert (done / "lock").exists()
     assert train(load(file, done, SHORT)).step == 4
     assert sorted(done.iterdir()) == before

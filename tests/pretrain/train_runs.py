@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,26 @@ def finish(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-3000:]
     return out
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from diptych.pretrain.owner import RunLock
+RunLock(Path(sys.argv[1])).take()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def held(run: Path) -> Generator[int]:
+    """Inside, another process works in the run folder: its process id. It is killed at the end."""
+    command = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            yield holder.pid
+        finally:
+            holder.kill()
