@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +27,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
     )
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Of a whole config: dotted keys of earlier versions, and where they stand now."""
 
 
 Config = TypeVar("Config", bound=StrictModel)
@@ -195,7 +197,9 @@ def _problems(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
         if any(len(deeper) > len(parts) and deeper[: len(parts)] == parts for deeper, _ in found):
             continue  # of a key that takes several kinds of values: this kind was not meant
         key = ".".join(parts)
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and (now := getattr(cls, "moved", {}).get(key)):
+            yield f"{key}: stands under {now} now; write it there"
+        elif problem["type"] == "extra_forbidden":
             known = _known_keys(cls, parts[:-1])
             near = get_close_matches(parts[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"

@@ -1,6 +1,7 @@
 """The whole config of a pretraining run; every part is defined beside the code that reads it."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -75,6 +76,11 @@ class ValidationConfig(StrictModel):
 class PretrainConfig(StrictModel):
     """One YAML file of ``diptych pretrain``."""
 
+    moved: ClassVar[Mapping[str, str]] = {
+        "train.save_every_steps": "checkpoint.every_steps",
+        "train.keep_checkpoints": "checkpoint.keep",
+        "train.timeout_s": "watch.timeout_s",
+    }
     name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The run's name; its folder is ``runs/NAME`` unless ``out`` says otherwise."""
     out: str | None = None

@@ -188,3 +188,13 @@ def test_the_lock_is_its_owners_and_not_his_childrens(tmp_path: Path) -> None:
         (tmp_path / "run" / "config.yaml").touch()
         assert again.held
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(("was", "now"), PretrainConfig.moved.items())
+def test_a_key_of_an_earlier_version_is_told_with_where_it_stands(
+    file: Path, tmp_path: Path, was: str, now: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{was}: stands under {now} now"):
+        load(file, tmp_path, f"{was}=7")
+    section, key = now.split(".")
+    assert getattr(getattr(load(file, tmp_path, f"{now}=7"), section), key) == 7
