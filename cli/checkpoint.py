@@ -94,7 +94,7 @@ def list_(args: argparse.Namespace) -> int:
             continue
         seen = f"{facts['samples_seen']:,} samples" if "samples_seen" in facts else "samples unknown"
         words = [f"step {one.step:>8}", seen, str(facts.get("written", "time unknown")), _size(one.bytes)]
-        words.append("whole" if one.problem is None else f"DAMAGED: {one.problem}")
+        words.append("sizes right" if one.problem is None else f"DAMAGED: {one.problem}")
         best = [name for name in metrics if name.endswith("_R@5")]
         words += [f"{name.removeprefix('val/')} {metrics[name]:.3f}" for name in best]
         words += [f"best {name.removeprefix('val/')}" for name in best if one is _best(found, name)]
