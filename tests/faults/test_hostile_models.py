@@ -173,6 +173,7 @@ BIG = {
 }
 LIMITED = """
 import resource, sys
+from pathlib import Path
 from diptych.configs.errors import UserError
 from diptych.pretrain.model import load_model
 from diptych.pretrain.model_check import check_model_cfg
@@ -184,7 +185,8 @@ for folder in sys.argv[1:]:
         load_model(folder)
     except UserError as error:
         print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = Path("/proc/self/status").read_text()  # getrusage would count what the parent had when it forked
+print(status.partition("VmHWM:")[2].split()[0])
 """
 
 

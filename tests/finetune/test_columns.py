@@ -202,7 +202,7 @@ def labelled(n: int, seed: int, *, interaction: bool) -> tuple[Rows, torch.Tenso
     return tabular_rows(records), torch.tensor(targets).long(), features
 
 
-def scores(ops: dict[str, dict[str, Any]], *, interaction: bool) -> dict[str, float]:
+def scores(ops: dict[str, dict[str, Any]], *, interaction: bool, epochs: int = 12) -> dict[str, float]:
     """Test accuracy of heads on a text and the columns of a table."""
     made = [labelled(n, seed, interaction=interaction) for seed, n in ((1, 500), (2, 200), (3, 500))]
     states = fit_columns(made[0][0])
@@ -210,8 +210,8 @@ def scores(ops: dict[str, dict[str, Any]], *, interaction: bool) -> dict[str, fl
     found: dict[str, float] = {}
     for op, options in ops.items():
         fitted = fit(
-            HeadConfig(op=op, **options), AdaptConfig(lr=1e-2, epochs=12, batch_size=64), StoppingConfig(),
-            BINARY, parts[0], parts[1], widths={"text": 8, "tabular": states["tabular"].width}, seed=0,
+            HeadConfig(op=op, **options), AdaptConfig(lr=1e-2, epochs=epochs, batch_size=64),
+            StoppingConfig(), BINARY, parts[0], parts[1], widths={"text": 8, "tabular": states["tabular"].width}, seed=0,
         )  # fmt: skip
         p = BINARY.probabilities(logits_of(fitted.head, parts[2].rows))
         found[op] = metric_value("accuracy", parts[2].targets.numpy(), p)
@@ -233,6 +233,8 @@ def test_where_columns_alone_carry_the_label_they_win_and_fusion_does_not_lose()
 def test_an_interaction_of_text_and_columns_needs_a_head_that_compares() -> None:
     heads: dict[str, dict[str, Any]] = {op: {} for op in ("text", "tabular", "concat", "gated", "bilinear")}
     token = {"width": 32, "heads": 4}
-    got = scores(heads | {"late": {}, "merged": token, "cross": token, "bottleneck": token}, interaction=True)
+    got = scores(heads | {"late": {}, "merged": token, "cross": token}, interaction=True)
+    # its modalities meet once: it stays at chance for long, with most seeds past twelve epochs
+    got |= scores({"bottleneck": token}, interaction=True, epochs=30)
     assert all(abs(got[op] - 0.5) < 0.1 for op in ("text", "tabular", "late"))
     assert all(got[op] > 0.9 for op in ("concat", "gated", "bilinear", "merged", "cross", "bottleneck")), got

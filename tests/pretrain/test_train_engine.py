@@ -10,6 +10,7 @@ import yaml
 from diptych.configs.errors import UserError
 from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
 from diptych.pretrain.dry_run import dry_run
+from diptych.pretrain.sharded import SavedTensors
 from diptych.pretrain.train import train
 
 from .train_runs import BATCH, finish, launch, load, losses, make_data, rows, write_config
@@ -45,7 +46,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(folder)
     assert newest is not None
-    return read_tensors(newest / "train_model.safetensors")
+    saved = SavedTensors(newest, averaged=True)  # in one file, or in parts
+    return {name: saved.read("weights", name) for name in saved.names["weights"]}
 
 
 def assert_close(got: Path, expected: Path) -> None:
