@@ -210,9 +210,15 @@ def scores(ops: dict[str, dict[str, Any]], *, interaction: bool, epochs: int = 1
     found: dict[str, float] = {}
     for op, options in ops.items():
         fitted = fit(
-            HeadConfig(op=op, **options), AdaptConfig(lr=1e-2, epochs=epochs, batch_size=64),
-            StoppingConfig(), BINARY, parts[0], parts[1], widths={"text": 8, "tabular": states["tabular"].width}, seed=0,
-        )  # fmt: skip
+            HeadConfig(op=op, **options),
+            AdaptConfig(lr=1e-2, epochs=epochs, batch_size=64),
+            StoppingConfig(),
+            BINARY,
+            parts[0],
+            parts[1],
+            widths={"text": 8, "tabular": states["tabular"].width},
+            seed=0,
+        )
         p = BINARY.probabilities(logits_of(fitted.head, parts[2].rows))
         found[op] = metric_value("accuracy", parts[2].targets.numpy(), p)
     return found
