@@ -134,7 +134,7 @@ def test_the_command_lists_verifies_and_prunes(run: Path, capsys: pytest.Capture
     assert main(["checkpoint", "list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    for word in ("step        2", "16 samples", "whole", "MB", "image_to_text_R@5 0.250", "best"):
+    for word in ("step        2", "16 samples", "sizes right", "MB", "image_to_text_R@5 0.250", "best"):
         assert word in lines[0]
     assert "best" not in lines[1]
     assert main(["checkpoint", "list", str(run), "--json"]) == 0
