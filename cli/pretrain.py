@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 EPILOG = """example:
@@ -41,10 +43,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the results are."""
     from ..configs.load import load_config, to_yaml
-    from ..configs.parent import end_with_launcher
+    from ..configs.parent import LAUNCHER_ENDED, end_with_launcher
     from ..pretrain.config import PretrainConfig
 
-    end_with_launcher()
+    end_with_launcher(LAUNCHER_ENDED)
     config = load_config(PretrainConfig, args.config, args.overrides)
     if args.print_config:
         print(to_yaml(config), end="")
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         for line in dry_run(config):
             print(line)
         return 0
+    from ..pretrain.stop import exit_code
     from ..pretrain.train import train
 
     with _Console() as console:
@@ -70,7 +73,16 @@ def run(args: argparse.Namespace) -> int:
             )
         else:
             print(f"stopped while it started; what was saved before (step {outcome.step}) is as it was")
-    return 130 if outcome.reason == "SIGINT" else 0
+    return exit_code(outcome.reason)
+
+
+@contextmanager
+def _nobody_reads() -> Generator[None]:
+    """A pipe or terminal that is gone is no reason to stop: metrics.jsonl has all that is shown."""
+    try:
+        yield
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 # until the process ends
 
 
 class _Console:
@@ -90,6 +102,15 @@ class _Console:
 
     def start(self, facts: dict[str, Any]) -> None:
         """Say what the run is and open the bar."""
+        with _nobody_reads():
+            self._start(facts)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Show a logged row."""
+        with _nobody_reads():
+            self._row(row)
+
+    def _start(self, facts: dict[str, Any]) -> None:
         self.total = facts["total_steps"]
         processes = f"{facts['world_size']} process{'es' if facts['world_size'] > 1 else ''}"
         state = f"goes on after step {facts['step']}" if facts["step"] else "starts"
@@ -113,8 +134,7 @@ class _Console:
             self.task = self.bar.add_task("", total=self.total, completed=facts["step"])
             self.bar.start()
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Show a logged row."""
+    def _row(self, row: dict[str, Any]) -> None:
         if row["kind"] == "train":
             text = (
                 f"loss {row['loss']:.3f}  lr {row['lr']:.2e}  {row['samples_per_s']:.0f} samples/s  "

@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 
-__all__ = ["end_with_launcher", "signal_at_end_of_parent"]
+__all__ = ["LAUNCHER_ENDED", "end_with_launcher", "signal_at_end_of_parent"]
 
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
+LAUNCHER_ENDED = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGTERM
+"""A signal that nobody else sends, so that it is not taken for a request of the user's."""
 
 
 def signal_at_end_of_parent(number: int, parent: int) -> None:
@@ -21,8 +23,8 @@ def signal_at_end_of_parent(number: int, parent: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def end_with_launcher() -> None:
-    """SIGTERM to this process when torchrun or accelerate, which started it, is gone: killed, it would leave
-    its processes running. Call it early, in the main thread."""
+def end_with_launcher(number: int = signal.SIGTERM) -> None:
+    """Signal ``number`` to this process when torchrun or accelerate, which started it, is gone: killed, it
+    would leave its processes running. Call it early, in the main thread."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        signal_at_end_of_parent(signal.SIGTERM, os.getppid())
+        signal_at_end_of_parent(number, os.getppid())

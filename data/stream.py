@@ -74,6 +74,8 @@ class Stream(Iterator[Batch]):
         self.while_waiting: Callable[[], None] = _nothing
         """Called every half second while workers are waited for; what it raises ends the wait, and the batch
         is the next one all the same."""
+        self.on_workers: Callable[[list[int]], object] = _nothing_with
+        """Called with the process ids of the workers when they have been started."""
         self._sources, self._order, self._tokenizer = list(sources), order, tokenizer
         self._notes = list(notes)
         self._seed = seed
@@ -126,11 +128,11 @@ class Stream(Iterator[Batch]):
                 if self._config.workers and str(error).startswith("DataLoader timed out"):
                     self.while_waiting()
                     continue
-                if (code := _dead_worker(batches)) is None:
+                if (dead := _dead_worker(batches)) is None:
                     raise
                 self.close()
                 raise UserError(
-                    f"a data worker died (exit code {code}); give the machine more memory or shared memory "
+                    f"{dead}; give the machine more memory or shared memory "
                     "(/dev/shm), or lower data.workers or data.prefetch"
                 ) from error
 
@@ -191,6 +193,7 @@ class Stream(Iterator[Batch]):
             )
             batches = iter(loader)
         _workers.update(_workers_of(batches))
+        self.on_workers([worker.pid for worker in _workers_of(batches) if worker.pid is not None])
         if in_main:
             signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
         return batches
@@ -251,14 +254,15 @@ class Stream(Iterator[Batch]):
         self.close()
 
 
-def _dead_worker(batches: Any) -> int | None:
-    """The exit code of a worker that has ended, None if all run. One that is dying is waited for."""
+def _dead_worker(batches: Any) -> str | None:
+    """Which worker has ended and how, None if all run. One that is dying is waited for."""
     workers = _workers_of(batches)
     for patience in (0.0, 0.2):
-        for worker in workers:
+        for number, worker in enumerate(workers):
             worker.join(patience)
-            if worker.exitcode is not None:
-                return int(worker.exitcode)
+            if (code := worker.exitcode) is not None:
+                how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+                return f"data worker {number} (process {worker.pid}) died ({how})"
     return None
 
 
@@ -276,6 +280,10 @@ atexit.register(_kill, _workers)  # of streams that nobody closed, and before mu
 
 
 def _nothing() -> None:
+    pass
+
+
+def _nothing_with(_: object) -> None:
     pass
 
 

@@ -11,7 +11,7 @@ from . import distributed
 __all__ = ["launched", "on_rank_0", "others_watched", "together"]
 
 T = TypeVar("T")
-LOST = ("peer", "gloo", "NCCL", "socket")  # in what torch says when another process is gone
+LOST = ("peer", "gloo", "NCCL", "socket", "pair closure")  # in what torch says when another process is gone
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def others_watched() -> Generator[None]:
     except RuntimeError as error:
         if launched() == 1 or not any(word in str(error) for word in LOST):
             raise
-        late = "imed out" in str(error)
+        late = any(word in str(error) for word in ("imed out", "timeout"))
         lost = UserError(
             f"another process of this run {'does not answer' if late else 'has ended'}, and all must work "
             "together; the same command goes on from what is saved"

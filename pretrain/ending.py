@@ -3,7 +3,8 @@ the end was.
 
 ``stopped.json`` is there after a clean stop and until the next start, ``finished.json`` once the run is
 complete; after a crash there is neither. Both hold ``step``, ``samples_seen`` and ``checkpoint`` (its place
-in the run folder, null if there is none yet), the first also ``reason``: the name of a signal.
+in the run folder, null if there is none yet), the first also ``reason``: the name of a signal, or
+"the launcher's end".
 """
 
 import json

@@ -20,6 +20,9 @@ from ..configs.errors import UserError
 __all__ = ["RunLock"]
 
 log = logging.getLogger(__name__)
+RESTART_S = 60.0
+"""Seconds that a process which torchrun has started again gives the one before, on whatever host, to end."""
+LOOK_S = 0.5
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -38,6 +41,8 @@ class RunLock:
     def take(self) -> Self:
         """Take it; the folder is made if absent. Raises UserError if another process has it, naming which, or
         if the folder cannot be written."""
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        end = time.monotonic() + (RESTART_S if restarted else 0)
         while not self.held:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,9 @@ class RunLock:
                 raise UserError(
                     f"out: {self.folder} cannot be written ({error.strerror}); choose another folder"
                 ) from error
-            if self._lock(handle) and self._is_there(handle):
+            if not self._lock(handle, patient=time.monotonic() < end):
+                time.sleep(LOOK_S)
+            elif self._is_there(handle):
                 self._handle = handle
             else:
                 os.close(handle)  # another process has just given it back
@@ -60,7 +67,8 @@ class RunLock:
         os.pwrite(self._handle, json.dumps(who).encode() + b"\n", 0)
         return self
 
-    def _lock(self, handle: int) -> bool:
+    def _lock(self, handle: int, *, patient: bool) -> bool:
+        """Whether it is locked; closed where it is not."""
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -73,6 +81,8 @@ class RunLock:
                 return True
             holder = _holder(handle)
             os.close(handle)
+            if patient:
+                return False
             raise UserError(
                 f"{self.folder} is in use by {holder}; wait until that has ended, or set out to another "
                 "folder"

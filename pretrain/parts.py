@@ -4,6 +4,7 @@ Every process builds the same model, opens its share of the stream and the run f
 run stopped.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from .engine import build_accelerator, keep_freed_memory, on_rank_0, prepare, se
 from .fit import check_fit, check_length
 from .flops import Costs
 from .guard import Guard
+from .leftovers import note_workers, remove_shared_memory
 from .locking import lock
 from .model import ContrastiveModel, build_model, image_size, open_clip_config
 from .optim import build_optimizer
@@ -157,6 +159,9 @@ class RunParts:
             self.total_steps = self.state.step - (-left // self.batch_size)
         self.changes = changes or NONE
         on_rank_0(lambda: write_config(config, self.folder, self.changes, self.state.step))
+        if distributed.local_rank() == 0:
+            remove_shared_memory(self.folder)
+        self.stream.on_workers = partial(note_workers, self.folder, self.rank)
         if self.rank == 0:
             remove_leftovers(self.folder)
             if self.state.step < self.total_steps:
@@ -200,5 +205,6 @@ class RunParts:
         self.saver.close()
         self.guard.close()
         self.stream.close()
+        note_workers(self.folder, self.rank, [])
         if self.tracker is not None:
             self.tracker.finish()

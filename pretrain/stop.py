@@ -19,11 +19,12 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from ..configs.parent import LAUNCHER_ENDED
 from . import meeting
 
-__all__ = ["STOPPING", "StopRequest", "Stopped", "stop_on_signals"]
+__all__ = ["STOPPING", "StopRequest", "Stopped", "exit_code", "stop_on_signals"]
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LAUNCHER_ENDED)
 LOOK_S = 0.5
 """Seconds between looks whether another rank was told, and between tries to end a read."""
 PATIENCE_S = 2.0
@@ -35,7 +36,8 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether this run was told to stop, and by what: ``reason`` is a signal's name, "" while it is not."""
+    """Whether this run was told to stop, and by what: ``reason`` is a signal's name or ``meeting.LOST``, ""
+    while it is not."""
 
     def __init__(self, key: str = "", leave: Callable[[str], object] | None = None) -> None:
         """``key``: where the ranks of a run tell one another; see ``stop_on_signals`` for ``leave``."""
@@ -98,7 +100,7 @@ class StopRequest:
         if self._interrupts > 1:
             self._open = False
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        self.reason = self.reason or _reason(number)
         if self._open:
             self._open = False
             raise Stopped
@@ -118,7 +120,7 @@ class StopRequest:
             if signal.SIGINT in numbers:
                 interrupts, last_interrupt = interrupts + numbers.count(signal.SIGINT), now
             if not self.asked and numbers:
-                self.reason = signal.Signals(numbers[0]).name
+                self.reason = _reason(numbers[0])
             elif not self.asked and self._waiting_since is not None and now - self._waiting_since > LOOK_S:
                 self.heard()
             if self.asked and not asked_at:
@@ -132,7 +134,18 @@ class StopRequest:
             if launched() and self.starting and self._open and self.asked and now - asked_at > PATIENCE_S:
                 if self._leave is not None:
                     self._leave(self.reason)
-                os._exit(0)
+                os._exit(exit_code(self.reason))
+
+
+def _reason(number: int) -> str:
+    """Why this signal came."""
+    return meeting.LOST if number == LAUNCHER_ENDED != signal.SIGTERM else signal.Signals(number).name
+
+
+def exit_code(reason: str) -> int:
+    """Of a process that was told to stop. A launcher on another host that is still there restarts its
+    processes after any code but 0: so it does where one was lost, and not after a signal."""
+    return {"SIGINT": 130, meeting.LOST: 1}.get(reason, 0)
 
 
 def launched() -> bool:
@@ -155,7 +168,8 @@ os.register_at_fork(after_in_child=_in_child)
 
 @contextmanager
 def stop_on_signals(leave: Callable[[str], object] | None = None) -> Generator[StopRequest]:
-    """Inside the block SIGINT, SIGTERM and SIGHUP ask to stop; afterwards the old handlers are back.
+    """Inside the block SIGINT, SIGTERM, SIGHUP and the launcher's end ask to stop; afterwards the old
+    handlers are back.
 
     Until ``closed`` is called there is nothing to save: they raise Stopped, and where a launched process
     does not leave a call that waits for the others, the listener calls ``leave`` with the signal's name and

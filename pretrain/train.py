@@ -42,7 +42,8 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of ``train`` ended; ``reason`` is the signal that ended it before its last step, else "".
+    """How a call of ``train`` ended; ``reason`` is the signal or the launcher's end that ended it before its
+    last step, else "".
 
     ``total_steps`` is 0 if it came before the run knew them; ``step`` then is what had been saved before.
     """
