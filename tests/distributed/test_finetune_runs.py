@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ..faults.test_stop import gone
 from ..finetune.fold_runs import pieces
 from ..finetune.labelled import write_config, write_task
 from ..finetune.runs import contents, timeless
@@ -81,18 +82,23 @@ def test_dealt_trainings_leave_what_one_process_leaves(folder: Path, truth: dict
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_another_number_of_processes(folder: Path, truth: dict[str, Any]) -> None:
-    """Killed when some trainings are done, others have epochs, and others have not begun."""
-    process = launch(folder, 2, "killed", *CV)
-    run = folder / "killed"
+@pytest.mark.parametrize("whom", ["all", "launcher"])
+def test_a_killed_run_goes_on_with_another_number_of_processes(
+    whom: str, folder: Path, truth: dict[str, Any]
+) -> None:
+    """Killed when some trainings are done, others have epochs, and others have not begun; processes whose
+    launcher is killed end by themselves."""
+    process = launch(folder, 2, f"killed_{whom}", *CV)
+    run = folder / f"killed_{whom}"
     while not list(run.glob("folds/*/*/training/tuned/*/checkpoints/step_*")):
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.02)
-    for pid in (process.pid, *ranks_of(process).values()):
+    for pid in (process.pid, *(ranks_of(process).values() if whom == "all" else ())):
         os.kill(pid, signal.SIGKILL)
+    assert not gone(str(run))
     process.communicate()
     assert not (run / "results.json").exists()
-    finish(launch(folder, 1, "killed", *CV))
+    finish(launch(folder, 1, run.name, *CV))
     found = left(run)
     for what in truth:
         assert found[what] == truth[what], what

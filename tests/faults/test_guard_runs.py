@@ -226,3 +226,67 @@ def test_a_run_killed_on_the_ladder_goes_on_to_the_same_end(dies: int, config: P
         expected = weights(tmp_path / "straight", file)
         for name, value in weights(tmp_path / "killed", file).items():
             assert value.equal(expected[name]), (file, name)
+
+
+def spike(at: int, patch: pytest.MonkeyPatch) -> None:
+    """The loss of one step, and so its gradients, a hundred times as large."""
+    whole = _Run._loss
+
+    def larger(self: _Run, batch: Any, features: Any) -> torch.Tensor:
+        return whole(self, batch, features) * (100.0 if self.state.step + 1 == at else 1.0)
+
+    patch.setattr(_Run, "_loss", larger)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["branch", "masked"])
+def test_a_spike_is_left_out_where_asked_and_told_by_default(
+    waits: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "Guard", partial(Guard, waits=waits))
+    watch = ("guard.spike.window_steps=10", "guard.spike.threshold=30")
+    kept = ("checkpoint.every_steps=1", "checkpoint.keep=30")
+    skip, warn = (
+        load(config, tmp_path / way, *watch, *kept, f"guard.spike.action={way}") for way in ("skip", "warn")
+    )
+    spike(15, monkeypatch)
+    train(skip)
+    train(warn)
+    assert events(tmp_path / "skip") == [("skip", 15)]
+    assert events(tmp_path / "warn") == [("spike", 15)]
+    assert [(row["step"], row["reason"]) for row in bad_steps(tmp_path / "skip")] == [(15, "spike")]
+    assert not (tmp_path / "warn" / "bad_steps.jsonl").exists()
+    for way, left_out in (("skip", True), ("warn", False)):
+        last = rows(tmp_path / way)[-1]
+        assert (last["spikes"], last["skipped_steps"]) == (1, int(left_out))
+        before, after = (
+            read_tensors(tmp_path / way / "checkpoints" / f"step_{step:08d}" / "train_model.safetensors")
+            for step in (14, 15)
+        )
+        assert all(value.equal(after[name]) for name, value in before.items()) == left_out
+    assert losses(tmp_path / "skip")[:15] == losses(tmp_path / "warn")[:15]
+
+
+def test_a_collapse_is_told_once_also_over_a_resume(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All features are the same from the second step on."""
+
+    def alike(run: _Run, step: int) -> None:
+        if step > 1:
+            with torch.no_grad():
+                for name, value in run.clip.named_parameters():
+                    if name in ("visual.proj", "text.text_projection"):
+                        value.zero_()
+
+    before_step(monkeypatch, alike)
+    options = ("guard.collapse_after_samples=64", "evaluate.every_steps=4", "optim.lr=1e-9")
+    run = tmp_path / "run"
+    train(load(config, run, *options, "train.total_samples=192"))
+    told = [("collapse", 4), ("chance", 4)]
+    assert events(run) == told
+    outcome = train(load(config, run, *options, "resume.force=true"))
+    assert outcome.step == 20
+    assert {row["step"] for row in rows(run, "eval")} == {4, 8, 12, 16, 20}
+    assert events(run) == told
+    train(load(config, tmp_path / "quiet", *options, "guard.collapse_after_samples=null"))
+    assert events(tmp_path / "quiet") == []
