@@ -84,13 +84,13 @@ def test_a_killed_run_s_shared_memory_is_removed_at_the_next_start(config: Path,
 @pytest.mark.slow
 def test_a_run_that_nobody_watches_any_more_goes_on(config: Path, tmp_path: Path) -> None:
     """As with ``2>&1 | head -1``, or a terminal that is gone and whose hang-up is ignored."""
-    process = launch(config, tmp_path / "run", 1)
-    assert process.stderr is not None
-    assert process.stdout is not None
-    assert "starts: 20 steps" in process.stderr.readline()
-    process.stderr.close()
-    assert "trained 20 steps" in process.stdout.read()
-    assert process.wait(60) == 0
+    with launch(config, tmp_path / "run", 1) as process:
+        assert process.stderr is not None
+        assert "starts: 20 steps" in process.stderr.readline()
+        process.stderr.close()
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        assert "trained 20 steps" in process.stdout.read()
     assert [step for step, _ in losses(tmp_path / "run")] == [*range(1, 21)]
 
 
