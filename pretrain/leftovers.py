@@ -10,6 +10,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from ..configs.documents import as_written, read_document
+from ..configs.errors import UserError
 from ..configs.files import atomic_write_text
 
 __all__ = ["note_workers", "remove_shared_memory"]
@@ -38,18 +40,18 @@ def remove_shared_memory(run: Path) -> list[str]:
     """
     removed: list[str] = []
     for path in sorted((run / "workers").glob("rank_*.json")):
-        with suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # another machine's, half gone, or no file of ours
-            document = json.loads(path.read_bytes())
+        # of another machine, half gone, or changed by somebody: left alone
+        with suppress(OSError, UserError), as_written(path):
+            document = read_document(path)
             if document["machine"] != _machine():
                 continue
-            gone = [int(pid) for pid in document["workers"] if not Path("/proc", str(int(pid))).exists()]
+            workers = [int(pid) for pid in document["workers"]]
+            gone = [pid for pid in workers if not Path("/proc", str(pid)).exists()]
             for file in [file for pid in gone for file in SHARED.glob(f"torch_{pid}_*")]:
                 if file.stat().st_uid == os.getuid():
                     file.unlink()
                     removed.append(file.name)
-            if len(gone) == len(document["workers"]):
+            if gone == workers:
                 path.unlink()
     return removed
 

@@ -24,7 +24,7 @@ from . import meeting
 
 __all__ = ["STOPPING", "StopRequest", "Stopped", "exit_code", "stop_on_signals"]
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LAUNCHER_ENDED)
+STOPPING = tuple(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LAUNCHER_ENDED)))
 LOOK_S = 0.5
 """Seconds between looks whether another rank was told, and between tries to end a read."""
 PATIENCE_S = 2.0

@@ -15,7 +15,7 @@ import pytest
 from diptych.pretrain.leftovers import note_workers, remove_shared_memory
 
 from ..pretrain.train_runs import finish, launch, losses, make_data, write_config
-from .test_stop import gone, until
+from .test_stop import gone, ranks_of, until
 
 SHARED = Path("/dev/shm")
 
@@ -79,6 +79,29 @@ def test_a_killed_run_s_shared_memory_is_removed_at_the_next_start(config: Path,
     finally:
         for file in (*left, others):
             file.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_of_one_rank_is_one_sentence_and_the_run_goes_on(
+    config: Path, tmp_path: Path
+) -> None:
+    """As by the kernel for lack of memory."""
+    finish(launch(config, tmp_path / "straight", 2, "data.workers=1"))
+    run = tmp_path / "run"
+    process = launch(config, run, 2, "data.workers=1")
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 7, process)
+    worker = psutil.Process(ranks_of(process)[1]).children()[0].pid
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1  # torchrun's own
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert f"data worker 0 (process {worker}) died (signal 9)" in told[0]
+    assert "lower data.workers" in told[0]
+    assert len(losses(run)) < 20
+    assert not gone(str(run))
+    finish(launch(config, run, 2, "data.workers=1"))
+    assert losses(run) == losses(tmp_path / "straight")
 
 
 @pytest.mark.slow
