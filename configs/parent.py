@@ -9,7 +9,7 @@ import sys
 __all__ = ["LAUNCHER_ENDED", "end_with_launcher", "signal_at_end_of_parent"]
 
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
-LAUNCHER_ENDED = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGTERM
+LAUNCHER_ENDED: signal.Signals = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGTERM
 """A signal that nobody else sends, so that it is not taken for a request of the user's."""
 
 
