@@ -1,10 +1,12 @@
 """``diptych pretrain``: train a dual encoder, or go on with a run that was stopped."""
 
 import argparse
+import errno
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 EPILOG = """example:
@@ -64,25 +66,39 @@ def run(args: argparse.Namespace) -> int:
     with _Console() as console:
         outcome = train(config, console)
     if first:
-        if not outcome.stopped:
-            print(f"trained {outcome.step} steps; next: diptych evaluate {outcome.folder}")
-        elif outcome.total_steps:
-            print(
-                f"stopped after step {outcome.step} of {outcome.total_steps}, which is saved; "
-                "the same command goes on from there"
-            )
-        else:
-            print(f"stopped while it started; what was saved before (step {outcome.step}) is as it was")
+        with _perhaps_unread("stdout"):
+            print(_end(outcome), flush=True)
     return exit_code(outcome.reason)
 
 
+def _end(outcome: Any) -> str:
+    """How it ended."""
+    if not outcome.stopped:
+        return f"trained {outcome.step} steps; next: diptych evaluate {outcome.folder}"
+    if outcome.total_steps:
+        return (
+            f"stopped after step {outcome.step} of {outcome.total_steps}, which is saved; "
+            "the same command goes on from there"
+        )
+    return f"stopped while it started; what was saved before (step {outcome.step}) is as it was"
+
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""What writing to a pipe that nobody reads, or to a terminal that is no more, ends with."""
+
+
 @contextmanager
-def _nobody_reads() -> Generator[None]:
-    """A pipe or terminal that is gone is no reason to stop: metrics.jsonl has all that is shown."""
+def _perhaps_unread(name: str) -> Generator[list[str]]:
+    """Around what writes to ``sys.stdout`` or ``sys.stderr``: that it cannot be written is no reason to fail,
+    and if nobody reads it any more, nothing more is written there, and the list that this gives is empty.
+    metrics.jsonl has all that is shown."""
+    reading = [name]
     try:
-        yield
-    except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 # until the process ends
+        yield reading
+    except OSError as error:
+        if error.errno in GONE:
+            reading.clear()
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 # until the process ends
 
 
 class _Console:
@@ -92,23 +108,32 @@ class _Console:
         self.total = 0
         self.bar: Any = None
         self.task: Any = None
+        self.unread = False
 
     def __enter__(self) -> "_Console":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        bar, self.bar = self.bar, None
+        if bar is not None:
+            with _perhaps_unread("stderr"):
+                bar.stop()  # which puts sys.stderr back first
 
     def start(self, facts: dict[str, Any]) -> None:
         """Say what the run is and open the bar."""
-        with _nobody_reads():
-            self._start(facts)
+        self._show(partial(self._start, facts))
 
     def row(self, row: dict[str, Any]) -> None:
         """Show a logged row."""
-        with _nobody_reads():
-            self._row(row)
+        self._show(partial(self._row, row))
+
+    def _show(self, write: Callable[[], None]) -> None:
+        if not self.unread:
+            with _perhaps_unread("stderr") as reading:
+                write()
+            if not reading:
+                self.unread = True
+                self.__exit__()
 
     def _start(self, facts: dict[str, Any]) -> None:
         self.total = facts["total_steps"]

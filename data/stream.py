@@ -193,9 +193,9 @@ class Stream(Iterator[Batch]):
             )
             batches = iter(loader)
         _workers.update(_workers_of(batches))
-        self.on_workers([worker.pid for worker in _workers_of(batches) if worker.pid is not None])
         if in_main:
             signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+        self.on_workers([worker.pid for worker in _workers_of(batches) if worker.pid is not None])
         return batches
 
     @property

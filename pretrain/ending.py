@@ -54,6 +54,6 @@ def stopped_early(lock: RunLock, reason: str) -> int:
         step, samples_seen = newest[0], int(read_document(newest[1] / "trainer.json")["samples_seen"])
     if os.environ.get("RANK", "0") == "0" and not (lock.folder / FINISHED).exists():
         with suppress(UserError, OSError):
-            lock.take()
+            lock.take(patient=False)
             mark_end(lock.folder, step, samples_seen, reason)
     return step

@@ -5,8 +5,10 @@ at once; a worker killed in between leaves it. The run folder says which workers
 run's files are touched.
 """
 
+import hashlib
 import json
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,46 +19,57 @@ from ..configs.files import atomic_write_text
 __all__ = ["note_workers", "remove_shared_memory"]
 
 SHARED = Path("/dev/shm")
+OLD_S = 1.0
+"""A file that is younger may be one that a living process is about to unlink."""
 
 
 def note_workers(run: Path, rank: int, workers: list[int]) -> None:
-    """Write down the process ids of a rank's data workers, or forget them where there are none any more. A
-    disk that is full is no reason to stop."""
-    path = run / "workers" / f"rank_{rank:05d}.json"
+    """Write down the process ids of a rank's data workers, or forget them where there are none any more,
+    after removing what those noted before have left. A disk that is full is no reason to stop."""
     with suppress(OSError):
+        path = run / "workers" / f"{_machine()}_{rank:05d}.json"
+        _clean(path)
         if workers:
             path.parent.mkdir(exist_ok=True)
-            document = {"machine": _machine(), "workers": workers}
-            atomic_write_text(path, json.dumps(document) + "\n")
+            atomic_write_text(path, json.dumps({"workers": workers}) + "\n")
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
             path.parent.rmdir()  # if it was the last one
 
 
 def remove_shared_memory(run: Path) -> list[str]:
-    """Unlink what this run's workers left on this machine, and forget workers that are no more; the names.
+    """Unlink what this run's workers left on this machine, and forget those that are no more; the names.
 
     Call it on one process of each machine, before there are workers.
     """
     removed: list[str] = []
-    for path in sorted((run / "workers").glob("rank_*.json")):
-        # of another machine, half gone, or changed by somebody: left alone
-        with suppress(OSError, UserError), as_written(path):
-            document = read_document(path)
-            if document["machine"] != _machine():
-                continue
-            workers = [int(pid) for pid in document["workers"]]
-            gone = [pid for pid in workers if not Path("/proc", str(pid)).exists()]
-            for file in [file for pid in gone for file in SHARED.glob(f"torch_{pid}_*")]:
-                if file.stat().st_uid == os.getuid():
+    with suppress(OSError):
+        for path in sorted((run / "workers").glob(f"{_machine()}_*.json")):
+            removed += _clean(path)
+    return removed
+
+
+def _clean(path: Path) -> list[str]:
+    """What one record leads to. A record that is half gone, or that somebody changed, is left alone."""
+    removed: list[str] = []
+    if not path.exists():
+        return removed
+    with suppress(OSError, UserError), as_written(path):
+        workers = [int(pid) for pid in read_document(path)["workers"]]
+        gone = [pid for pid in workers if not Path("/proc", str(pid)).exists()]
+        for file in [file for pid in gone for file in SHARED.glob(f"torch_{pid}_*")]:
+            with suppress(OSError):
+                facts = file.stat()
+                if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > OLD_S:
                     file.unlink()
                     removed.append(file.name)
-            if gone == workers:
-                path.unlink()
+        if gone == workers:
+            path.unlink(missing_ok=True)
     return removed
 
 
 def _machine() -> str:
-    """What process ids are unique in: this boot of this machine, and this container."""
+    """What process ids are unique in, this boot of this machine and this container, as a word for a file's
+    name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]

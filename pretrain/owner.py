@@ -21,7 +21,8 @@ __all__ = ["RunLock"]
 
 log = logging.getLogger(__name__)
 RESTART_S = 60.0
-"""Seconds that a process which torchrun has started again gives the one before, on whatever host, to end."""
+"""Seconds that a process which torchrun may have started again gives the one before, on whatever host, to
+end."""
 LOOK_S = 0.5
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -38,11 +39,13 @@ class RunLock:
         """Whether this process has it."""
         return self._handle is not None
 
-    def take(self) -> Self:
+    def take(self, *, patient: bool = True) -> Self:
         """Take it; the folder is made if absent. Raises UserError if another process has it, naming which, or
-        if the folder cannot be written."""
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        end = time.monotonic() + (RESTART_S if restarted else 0)
+        if the folder cannot be written. Under a launcher that restarts processes that one is waited for, if
+        ``patient``."""
+        # not the count of restarts: it stays 0 where a host comes back
+        restarts = patient and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        end, told = time.monotonic() + (RESTART_S if restarts else 0), False
         while not self.held:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +55,9 @@ class RunLock:
                     f"out: {self.folder} cannot be written ({error.strerror}); choose another folder"
                 ) from error
             if not self._lock(handle, patient=time.monotonic() < end):
+                if not told:
+                    log.warning("%s is in use; waiting up to %g s for that to end", self.folder, RESTART_S)
+                told = True
                 time.sleep(LOOK_S)
             elif self._is_there(handle):
                 self._handle = handle

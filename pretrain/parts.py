@@ -159,8 +159,9 @@ class RunParts:
             self.total_steps = self.state.step - (-left // self.batch_size)
         self.changes = changes or NONE
         on_rank_0(lambda: write_config(config, self.folder, self.changes, self.state.step))
-        if distributed.local_rank() == 0:
-            remove_shared_memory(self.folder)
+        with together():  # before any rank of this machine notes its own
+            if distributed.local_rank() == 0:
+                remove_shared_memory(self.folder)
         self.stream.on_workers = partial(note_workers, self.folder, self.rank)
         if self.rank == 0:
             remove_leftovers(self.folder)

@@ -1,5 +1,5 @@
-"""A polite end: SIGTERM, SIGHUP or the first SIGINT asks the loop to save and stop, a second SIGINT ends at
-once.
+"""A polite end: SIGTERM, SIGHUP, the launcher's end or the first SIGINT asks the loop to save and stop, a
+second SIGINT ends at once.
 
 Python runs a signal's handler when the main thread comes back to Python, which a rank that waits for the
 others inside a collective does not. So a second thread listens, to whom the system's own handler writes
@@ -22,7 +22,7 @@ from types import FrameType
 from ..configs.parent import LAUNCHER_ENDED
 from . import meeting
 
-__all__ = ["STOPPING", "StopRequest", "Stopped", "exit_code", "stop_on_signals"]
+__all__ = ["LOOK_S", "STOPPING", "StopRequest", "Stopped", "exit_code", "stop_on_signals"]
 
 STOPPING = tuple(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LAUNCHER_ENDED)))
 LOOK_S = 0.5
@@ -172,8 +172,8 @@ def stop_on_signals(leave: Callable[[str], object] | None = None) -> Generator[S
     handlers are back.
 
     Until ``closed`` is called there is nothing to save: they raise Stopped, and where a launched process
-    does not leave a call that waits for the others, the listener calls ``leave`` with the signal's name and
-    ends the process. SIGHUP is left alone where it is ignored (nohup). Works in the main thread; elsewhere
+    does not leave a call that waits for the others, the listener calls ``leave`` with the reason and ends
+    the process. SIGHUP is left alone where it is ignored (nohup). Works in the main thread; elsewhere
     signals stay with whoever has them.
     """
     stop = StopRequest(f"diptych/stop/{next(_runs)}", leave)

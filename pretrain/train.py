@@ -5,6 +5,7 @@ over the global batch. One small all-reduce a step carries what all must know: d
 stop, a failure, the end of a save.
 """
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from .parts import RunParts, Show
 from .run import run_path
 from .schedule import lr_at
 from .stages import patch_dropout_at
-from .stop import Stopped, StopRequest, stop_on_signals
+from .stop import LOOK_S, Stopped, StopRequest, stop_on_signals
 from .watch import Watch, record_flights
 
 __all__ = ["Outcome", "Show", "train"]
@@ -82,6 +83,8 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
             if not (stop.starting and stop.heard()):
                 raise
             stop.tell()
+            if distributed.rank() == 0:  # in whose process the store may be
+                time.sleep(2 * LOOK_S)
             return Outcome(lock.folder, stopped_early(lock, stop.reason), 0, stop.reason)
         finally:
             lock.release()

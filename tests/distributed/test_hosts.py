@@ -17,7 +17,7 @@ from ..pretrain.train_runs import finish, launch, losses, make_data, write_confi
 
 pytestmark = [pytest.mark.slow, pytest.mark.mount]
 
-STEPS = 400
+STEPS = 600
 PORT = 29411
 # dropped patches are drawn by each rank, and a low rate keeps rounding from growing
 EXACT = ("model.vision_cfg.patch_dropout=0.0", "optim.lr=1e-4", f"train.total_samples={STEPS * 16}")
@@ -59,6 +59,7 @@ class Hosts:
         self.address = {name: f"10.91.7.{number}" for number, name in enumerate(names, 1)}
         self.space = {name: f"diptych-{os.getpid()}-{name}" for name in names}
         if any(ip(f"netns add {space}") for space in self.space.values()):
+            self.close()
             pytest.skip("this user may not make network namespaces")
         one, two = self.space.values()
         assert not ip(f"link add cable netns {one} type veth peer name cable netns {two}")

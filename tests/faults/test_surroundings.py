@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import statistics
 import subprocess
@@ -31,33 +32,44 @@ def dead_pid() -> int:
     return int(subprocess.check_output([sys.executable, "-c", "import os; print(os.getpid())"]))
 
 
-def left_by(pid: int) -> Path:
+def left_by(pid: int, age_s: float = 60.0) -> Path:
     file = SHARED / f"torch_{pid}_1_0"
     file.touch()
+    os.utime(file, (time.time() - age_s,) * 2)
     return file
 
 
 def test_shared_memory_of_dead_workers_of_this_run_is_removed_and_no_other(tmp_path: Path) -> None:
-    run, dead, another = tmp_path, dead_pid(), dead_pid()
-    mine, living, others = left_by(dead), left_by(os.getpid()), left_by(another)
+    dead, fresh, another = dead_pid(), dead_pid(), dead_pid()
+    mine, living, others, young = left_by(dead), left_by(os.getpid()), left_by(another), left_by(fresh, 0.0)
     try:
-        note_workers(run, 0, [dead])
-        note_workers(run, 1, [os.getpid()])
-        elsewhere = json.dumps({"machine": "elsewhere", "workers": [another]})
-        (run / "workers" / "rank_00002.json").write_text(elsewhere)
-        (run / "workers" / "rank_00003.json").write_text("half a li")
-        assert remove_shared_memory(run) == [mine.name]
+        note_workers(tmp_path, 0, [dead])
+        note_workers(tmp_path, 1, [os.getpid(), fresh])
+        records = sorted((tmp_path / "workers").iterdir())
+        elsewhere = records[0].with_name("0123456789ab_00000.json")
+        elsewhere.write_text(json.dumps({"workers": [another]}))
+        records[0].with_name(records[0].name.replace("00000", "00002")).write_text("half a li")
+        assert remove_shared_memory(tmp_path) == [mine.name]
         assert not mine.exists()
-        assert living.exists()
-        assert others.exists()
-        assert sorted(path.name for path in (run / "workers").iterdir()) == [
-            f"rank_0000{number}.json" for number in (1, 2, 3)
-        ]
-        note_workers(run, 1, [])
-        assert remove_shared_memory(run) == []
+        assert all(file.exists() for file in (living, others, young))
+        assert not records[0].exists()
+        assert records[1].exists()
     finally:
-        for file in (mine, living, others):
+        for file in (mine, living, others, young):
             file.unlink(missing_ok=True)
+
+
+def test_what_a_worker_that_died_alone_has_left_is_removed_when_it_is_forgotten(tmp_path: Path) -> None:
+    for following in ([], [os.getpid()]):
+        dead = dead_pid()
+        mine = left_by(dead)
+        try:
+            note_workers(tmp_path, 3, [dead])
+            note_workers(tmp_path, 3, following)
+            assert not mine.exists()
+            assert (tmp_path / "workers").exists() == bool(following)
+        finally:
+            mine.unlink(missing_ok=True)
 
 
 @pytest.mark.slow
@@ -105,16 +117,25 @@ def test_a_killed_data_worker_of_one_rank_is_one_sentence_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_run_that_nobody_watches_any_more_goes_on(config: Path, tmp_path: Path) -> None:
-    """As with ``2>&1 | head -1``, or a terminal that is gone and whose hang-up is ignored."""
-    with launch(config, tmp_path / "run", 1) as process:
-        assert process.stderr is not None
-        assert "starts: 20 steps" in process.stderr.readline()
-        process.stderr.close()
-        assert process.wait(60) == 0
-        assert process.stdout is not None
-        assert "trained 20 steps" in process.stdout.read()
+@pytest.mark.parametrize("how", ["head", "terminal"])
+def test_a_run_that_nobody_watches_any_more_goes_on(how: str, config: Path, tmp_path: Path) -> None:
+    """As with ``2>&1 | head -1``, and in a terminal that is gone and whose hang-up is ignored."""
+    ours, theirs = pty.openpty() if how == "terminal" else os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diptych.pretrain", str(config), f"out={tmp_path / 'run'}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while b"starts: 20 steps" not in shown.replace(b"\r\n", b""):
+        shown += os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(60) == 0
     assert [step for step, _ in losses(tmp_path / "run")] == [*range(1, 21)]
+    assert (tmp_path / "run" / "finished.json").exists()
 
 
 @pytest.mark.slow

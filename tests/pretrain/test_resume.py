@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from pydantic import BaseModel
 
 from diptych.configs.errors import UserError
 from diptych.configs.load import load_config
+from diptych.pretrain import owner
 from diptych.pretrain.checkpoint import newest_checkpoint, read_document
 from diptych.pretrain.config import PretrainConfig
 from diptych.pretrain.owner import RunLock
@@ -188,6 +192,25 @@ def test_the_lock_is_its_owners_and_not_his_childrens(tmp_path: Path) -> None:
         (tmp_path / "run" / "config.yaml").touch()
         assert again.held
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_process_that_may_be_a_restarted_one_waits_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with held(run) as pid:
+        with pytest.raises(UserError, match="is in use by process"):
+            RunLock(run).take(patient=False)
+        assert not caplog.messages
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        RunLock(run).take().release()
+    assert [text for text in caplog.messages if "waiting up to 60 s" in text] == caplog.messages
+    monkeypatch.setattr(owner, "RESTART_S", 0.6)
+    began = time.monotonic()
+    with held(run), pytest.raises(UserError, match="is in use by process"):
+        RunLock(run).take()
+    assert time.monotonic() - began >= 0.6
 
 
 @pytest.mark.parametrize(("was", "now"), PretrainConfig.moved.items())
