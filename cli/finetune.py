@@ -5,7 +5,10 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
+
+from .unread import still_read
 
 SHOWN = 12  # classes of a label histogram on the console
 
@@ -70,16 +73,23 @@ def run(args: argparse.Namespace) -> int:
     end_with_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # how a launcher ends the others when one has ended
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result = finetune(config, progress=progress, say=lambda text: print(text, file=sys.stderr, flush=True))
-    if os.environ.get("RANK", "0") != "0":
-        return 0
+    result = finetune(config, progress=progress, say=_say)
+    if os.environ.get("RANK", "0") == "0":
+        still_read("stdout", lambda: _print_end(result, run_folder(config)))
+    return 0
+
+
+def _say(text: str) -> None:
+    still_read("stderr", lambda: print(text, file=sys.stderr, flush=True))
+
+
+def _print_end(result: dict[str, Any], folder: Path) -> None:
+    """The results, and where they are."""
     console = _console()
     print_results(result, console)
-    folder = run_folder(config)
     for file in ("results.json", "predictions.parquet"):
         console.print(f"wrote {folder}/{file}", markup=False, soft_wrap=True)
     console.print(f"try: diptych predict {folder} TABLE.csv -o OUT.csv", markup=False, soft_wrap=True)
-    return 0
 
 
 def _console() -> Any:

@@ -1,13 +1,13 @@
 """``diptych pretrain``: train a dual encoder, or go on with a run that was stopped."""
 
 import argparse
-import errno
 import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from .unread import still_read
 
 EPILOG = """example:
   diptych pretrain configs/demo/pretrain.yaml --dry-run
@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     with _Console() as console:
         outcome = train(config, console)
     if first:
-        with _perhaps_unread("stdout"):
-            print(_end(outcome), flush=True)
+        still_read("stdout", lambda: print(_end(outcome), flush=True))
     return exit_code(outcome.reason)
 
 
@@ -83,24 +82,6 @@ def _end(outcome: Any) -> str:
     return f"stopped while it started; what was saved before (step {outcome.step}) is as it was"
 
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""What writing to a pipe that nobody reads, or to a terminal that is no more, ends with."""
-
-
-@contextmanager
-def _perhaps_unread(name: str) -> Generator[list[str]]:
-    """Around what writes to ``sys.stdout`` or ``sys.stderr``: that it cannot be written is no reason to fail,
-    and if nobody reads it any more, nothing more is written there, and the list that this gives is empty.
-    metrics.jsonl has all that is shown."""
-    reading = [name]
-    try:
-        yield reading
-    except OSError as error:
-        if error.errno in GONE:
-            reading.clear()
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 # until the process ends
-
-
 class _Console:
     """Progress on standard error: a bar with the latest numbers on a terminal, a line a log elsewhere."""
 
@@ -114,10 +95,12 @@ class _Console:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._end_bar()
+
+    def _end_bar(self) -> None:
         bar, self.bar = self.bar, None
         if bar is not None:
-            with _perhaps_unread("stderr"):
-                bar.stop()  # which puts sys.stderr back first
+            still_read("stderr", bar.stop)
 
     def start(self, facts: dict[str, Any]) -> None:
         """Say what the run is and open the bar."""
@@ -128,12 +111,9 @@ class _Console:
         self._show(partial(self._row, row))
 
     def _show(self, write: Callable[[], None]) -> None:
-        if not self.unread:
-            with _perhaps_unread("stderr") as reading:
-                write()
-            if not reading:
-                self.unread = True
-                self.__exit__()
+        if not self.unread and not still_read("stderr", write):
+            self.unread = True
+            self._end_bar()
 
     def _start(self, facts: dict[str, Any]) -> None:
         self.total = facts["total_steps"]

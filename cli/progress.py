@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+from .unread import still_read
+
 __all__ = ["progress"]
 
 
@@ -16,6 +18,10 @@ def progress(what: str, total: int) -> Generator[Callable[[int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total)
+    bar = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+    task = bar.add_task(what, total=total)
+    still_read("stderr", bar.start)
+    try:
         yield lambda done: bar.advance(task, done)
+    finally:
+        still_read("stderr", bar.stop)

@@ -74,7 +74,7 @@ class Stream(Iterator[Batch]):
         self.while_waiting: Callable[[], None] = _nothing
         """Called every half second while workers are waited for; what it raises ends the wait, and the batch
         is the next one all the same."""
-        self.on_workers: Callable[[list[int]], object] = _nothing_with
+        self.on_workers: Callable[[list[int]], object] = _nothing
         """Called with the process ids of the workers when they have been started."""
         self._sources, self._order, self._tokenizer = list(sources), order, tokenizer
         self._notes = list(notes)
@@ -279,11 +279,7 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 atexit.register(_kill, _workers)  # of streams that nobody closed, and before multiprocessing waits for them
 
 
-def _nothing() -> None:
-    pass
-
-
-def _nothing_with(_: object) -> None:
+def _nothing(*_: object) -> None:
     pass
 
 

@@ -11,7 +11,13 @@ from . import distributed
 __all__ = ["launched", "on_rank_0", "others_watched", "together"]
 
 T = TypeVar("T")
-LOST = ("peer", "gloo", "NCCL", "socket", "pair closure")  # in what torch says when another process is gone
+PEER_LOST = (
+    "peer",
+    "gloo",
+    "NCCL",
+    "socket",
+    "pair closure",
+)  # in what torch says when another process is gone
 
 
 @contextmanager
@@ -52,7 +58,7 @@ def others_watched() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if launched() == 1 or not any(word in str(error) for word in LOST):
+        if launched() == 1 or not any(word in str(error) for word in PEER_LOST):
             raise
         late = any(word in str(error) for word in ("imed out", "timeout"))
         lost = UserError(

@@ -1,4 +1,5 @@
-"""Shared memory that killed data workers left behind, removed at the next start of their run.
+"""Shared memory that killed data workers left behind, removed when their run forgets them or
+starts again.
 
 PyTorch hands a worker's batch over in a file of /dev/shm that carries the worker's process id, and unlinks it
 at once; a worker killed in between leaves it. The run folder says which workers a run had, so that no other
@@ -37,23 +38,18 @@ def note_workers(run: Path, rank: int, workers: list[int]) -> None:
             path.parent.rmdir()  # if it was the last one
 
 
-def remove_shared_memory(run: Path) -> list[str]:
-    """Unlink what this run's workers left on this machine, and forget those that are no more; the names.
+def remove_shared_memory(run: Path) -> None:
+    """Unlink what this run's workers left on this machine, and forget those that are no more.
 
     Call it on one process of each machine, before there are workers.
     """
-    removed: list[str] = []
     with suppress(OSError):
-        for path in sorted((run / "workers").glob(f"{_machine()}_*.json")):
-            removed += _clean(path)
-    return removed
+        for path in (run / "workers").glob(f"{_machine()}_*.json"):
+            _clean(path)
 
 
-def _clean(path: Path) -> list[str]:
-    """What one record leads to. A record that is half gone, or that somebody changed, is left alone."""
-    removed: list[str] = []
-    if not path.exists():
-        return removed
+def _clean(path: Path) -> None:
+    """Unlink what the workers of one record left. A record that somebody changed is left alone."""
     with suppress(OSError, UserError), as_written(path):
         workers = [int(pid) for pid in read_document(path)["workers"]]
         gone = [pid for pid in workers if not Path("/proc", str(pid)).exists()]
@@ -62,10 +58,8 @@ def _clean(path: Path) -> list[str]:
                 facts = file.stat()
                 if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > OLD_S:
                     file.unlink()
-                    removed.append(file.name)
         if gone == workers:
             path.unlink(missing_ok=True)
-    return removed
 
 
 def _machine() -> str:

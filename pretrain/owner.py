@@ -47,22 +47,36 @@ class RunLock:
         restarts = patient and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
         end, told = time.monotonic() + (RESTART_S if restarts else 0), False
         while not self.held:
+            handle = self._open()
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise UserError(
-                    f"out: {self.folder} cannot be written ({error.strerror}); choose another folder"
-                ) from error
-            if not self._lock(handle, patient=time.monotonic() < end):
+                self._lock(handle)
+            except UserError:
+                os.close(handle)
+                if time.monotonic() >= end:
+                    raise
                 if not told:
                     log.warning("%s is in use; waiting up to %g s for that to end", self.folder, RESTART_S)
                 told = True
                 time.sleep(LOOK_S)
-            elif self._is_there(handle):
+                continue
+            if self._is_there(handle):
                 self._handle = handle
             else:
                 os.close(handle)  # another process has just given it back
+        self._sign()
+        return self
+
+    def _open(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"out: {self.folder} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+
+    def _sign(self) -> None:
+        """Write down who has it."""
         assert self._handle is not None
         who = {
             "host": socket.gethostname(),
@@ -71,29 +85,22 @@ class RunLock:
         }
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, json.dumps(who).encode() + b"\n", 0)
-        return self
 
-    def _lock(self, handle: int, *, patient: bool) -> bool:
-        """Whether it is locked; closed where it is not."""
+    def _lock(self, handle: int) -> None:
+        """Raises UserError if another process has it."""
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                log.warning(
-                    "%s: the file system has no locks (%s); see to it that no other process uses this folder",
-                    self.folder,
-                    error.strerror,
-                )
-                return True
-            holder = _holder(handle)
-            os.close(handle)
-            if patient:
-                return False
-            raise UserError(
-                f"{self.folder} is in use by {holder}; wait until that has ended, or set out to another "
-                "folder"
-            ) from error
-        return True
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"{self.folder} is in use by {_holder(handle)}; wait until that has ended, or set out to "
+                    "another folder"
+                ) from error
+            log.warning(
+                "%s: the file system has no locks (%s); see to it that no other process uses this folder",
+                self.folder,
+                error.strerror,
+            )
 
     def _is_there(self, handle: int) -> bool:
         try:

@@ -21,6 +21,7 @@ from types import FrameType
 
 from ..configs.parent import LAUNCHER_ENDED
 from . import meeting
+from .agree import launched
 
 __all__ = ["LOOK_S", "STOPPING", "StopRequest", "Stopped", "exit_code", "stop_on_signals"]
 
@@ -111,6 +112,7 @@ class StopRequest:
         assert main is not None
         asked_at = tried_at = last_interrupt = 0.0
         interrupts = 0
+        several = launched() > 1  # which wait for one another in calls that hear no signal
         while True:
             came = os.read(pipe, 256) if select.select([pipe], [], [], LOOK_S)[0] else b""
             if 0 in came:
@@ -129,9 +131,9 @@ class StopRequest:
             if self._open and self.asked and now - tried_at > LOOK_S:
                 tried_at = now
                 signal.pthread_kill(main, signal.SIGTERM)  # a system call returns, and the handler is run
-            if launched() and interrupts > 1 and now - last_interrupt > PATIENCE_S:
+            if several and interrupts > 1 and now - last_interrupt > PATIENCE_S:
                 os._exit(130)
-            if launched() and self.starting and self._open and self.asked and now - asked_at > PATIENCE_S:
+            if several and self.starting and self._open and self.asked and now - asked_at > PATIENCE_S:
                 if self._leave is not None:
                     self._leave(self.reason)
                 os._exit(exit_code(self.reason))
@@ -146,11 +148,6 @@ def exit_code(reason: str) -> int:
     """Of a process that was told to stop. A launcher on another host that is still there restarts its
     processes after any code but 0: so it does where one was lost, and not after a signal."""
     return {"SIGINT": 130, meeting.LOST: 1}.get(reason, 0)
-
-
-def launched() -> bool:
-    """Whether this process is one of several, which wait for one another in calls that hear no signal."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 _listening: list[StopRequest] = []

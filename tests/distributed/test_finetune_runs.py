@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..faults.test_stop import gone
+from ..faults.test_stop import gone, ranks_of
 from ..finetune.fold_runs import pieces
 from ..finetune.labelled import write_config, write_task
 from ..finetune.runs import contents, timeless
@@ -32,13 +32,6 @@ def launch(folder: Path, processes: int, out: str, *words: str) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Process ids by rank; a launcher's processes are in sessions of their own."""
-    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {pid: Path("/proc", pid, "environ").read_bytes().partition(b"\0RANK=")[2] for pid in pids}
-    return {int(value.partition(b"\0")[0]): int(pid) for pid, value in found.items() if value}
 
 
 def finish(process: subprocess.Popen[str]) -> str:

@@ -15,6 +15,8 @@ import pytest
 
 from diptych.pretrain.leftovers import note_workers, remove_shared_memory
 
+from ..finetune.labelled import write_config as write_table
+from ..finetune.labelled import write_task
 from ..pretrain.train_runs import finish, launch, losses, make_data, write_config
 from .test_stop import gone, ranks_of, until
 
@@ -49,7 +51,7 @@ def test_shared_memory_of_dead_workers_of_this_run_is_removed_and_no_other(tmp_p
         elsewhere = records[0].with_name("0123456789ab_00000.json")
         elsewhere.write_text(json.dumps({"workers": [another]}))
         records[0].with_name(records[0].name.replace("00000", "00002")).write_text("half a li")
-        assert remove_shared_memory(tmp_path) == [mine.name]
+        remove_shared_memory(tmp_path)
         assert not mine.exists()
         assert all(file.exists() for file in (living, others, young))
         assert not records[0].exists()
@@ -116,13 +118,11 @@ def test_a_killed_data_worker_of_one_rank_is_one_sentence_and_the_run_goes_on(
     assert losses(run) == losses(tmp_path / "straight")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["head", "terminal"])
-def test_a_run_that_nobody_watches_any_more_goes_on(how: str, config: Path, tmp_path: Path) -> None:
-    """As with ``2>&1 | head -1``, and in a terminal that is gone and whose hang-up is ignored."""
+def unwatched(how: str, until: str, module: str, *words: object) -> int:
+    """The exit code of a command whose output is read up to a word only, from a pipe or a terminal."""
     ours, theirs = pty.openpty() if how == "terminal" else os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "diptych.pretrain", str(config), f"out={tmp_path / 'run'}"],
+        [sys.executable, "-m", module, *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
         stdin=subprocess.DEVNULL,
         stdout=theirs,
@@ -130,10 +130,26 @@ def test_a_run_that_nobody_watches_any_more_goes_on(how: str, config: Path, tmp_
     )
     os.close(theirs)
     shown = b""
-    while b"starts: 20 steps" not in shown.replace(b"\r\n", b""):
+    while until.encode() not in shown.replace(b"\r\n", b""):
         shown += os.read(ours, 100)
     os.close(ours)
-    assert process.wait(60) == 0
+    return process.wait(120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["head", "terminal"])
+def test_a_fine_tuning_that_nobody_watches_any_more_goes_on(how: str, tmp_path: Path) -> None:
+    write_task(tmp_path, names=4)
+    table = write_table(tmp_path, "{concat: {op: concat}, late: {op: late}}")
+    assert unwatched(how, "concat", "diptych.finetune", table) == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["head", "terminal"])
+def test_a_run_that_nobody_watches_any_more_goes_on(how: str, config: Path, tmp_path: Path) -> None:
+    """As with ``2>&1 | head -1``, and in a terminal that is gone and whose hang-up is ignored."""
+    assert unwatched(how, "starts: 20 steps", "diptych.pretrain", config, f"out={tmp_path / 'run'}") == 0
     assert [step for step, _ in losses(tmp_path / "run")] == [*range(1, 21)]
     assert (tmp_path / "run" / "finished.json").exists()
 
@@ -167,7 +183,6 @@ def test_memory_files_and_shared_memory_stay_flat_over_thousands_of_steps(
     memory, files, shared = (
         [statistics.median(sample[kind] for sample in part) for part in (early, late)] for kind in (1, 2, 3)
     )
-    print(f"MiB {memory}, open files {files}, files in /dev/shm {shared}")
     assert memory[1] < 1.03 * memory[0]
     assert files[1] <= files[0] + 1
     assert shared[1] <= shared[0] + 1
