@@ -73,8 +73,8 @@ def notes(config: PretrainConfig, clip: CustomTextCLIP, world_size: int) -> Iter
         yield f"not exact: train.micro_batch_size: {reason}"
     if config.data.max_bad_fraction and trains_batchnorm(clip):
         yield (
-            "not exact: data.max_bad_fraction: batch norms see what stands for a damaged sample, the loss "
-            "does not"
+            "not exact: data.max_bad_fraction: where a sample is damaged, batch norms count the blank in its "
+            "place; the loss does not"
         )
     if drops(clip):
         yield "not exact: dropout draws other numbers on another number of processes"
