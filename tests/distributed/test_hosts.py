@@ -160,3 +160,21 @@ def test_a_host_cut_off_in_mid_step_is_done_without(hosts: Hosts, alone: list[tu
         told = [line for line in hosts.told(name).splitlines() if line.startswith("error: ")]
         assert len(told) == 1
         assert "another process of this run does not answer" in told[0]
+
+
+def test_without_the_host_where_the_agents_meet_the_other_ends_and_both_go_on(
+    hosts: Hosts, alone: list[tuple[int, float]]
+) -> None:
+    for name in ("head", "other"):
+        hosts.start(name)
+    hosts.wait_for(30)
+    hosts.kill("head", ranks=True)
+    assert hosts.agents["other"].wait(60) == 1, hosts.told("other")[-3000:]
+    told = [line for line in hosts.told("other").splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "another process of this run has ended" in told[0]
+    assert not (hosts.out / "finished.json").exists()
+    assert not (hosts.out / "stopped.json").exists()
+    for name in ("head", "other"):
+        hosts.start(name)
+    check(hosts, alone)
