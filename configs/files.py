@@ -1,10 +1,13 @@
 """Files that are whole or absent: atomic writes, and where caches live."""
 
+import fcntl
 import logging
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .errors import UserError
@@ -17,9 +20,14 @@ __all__ = [
     "atomic_write_text",
     "cache_dir",
     "fsync_folder",
+    "remove_temporaries",
     "resolve_data_path",
     "temporary_beside",
+    "temporary_folder",
+    "temporary_name",
 ]
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def cache_dir() -> Path:
@@ -105,11 +113,73 @@ class Lines:
         self._shut()
 
 
+def temporary_name(path: Path) -> Path:
+    """A new name beside ``path`` for what is to become it, which ``remove_temporaries`` knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes left under temporary names in ``folder`` and below. Only for a run's
+    folder whose lock is held; a folder in it that has a lock of its own is another run's."""
+    for path, folders, files in os.walk(folder):
+        here = Path(path)
+        for name in filter(TEMPORARY.fullmatch, files):
+            (here / name).unlink(missing_ok=True)
+        for name in filter(TEMPORARY.fullmatch, folders):
+            shutil.rmtree(here / name, ignore_errors=True)
+        folders[:] = [
+            name for name in folders if not TEMPORARY.fullmatch(name) and not (here / name / "lock").exists()
+        ]
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Generator[Path]:
+    """A new folder beside ``path`` for what is to become it; at the end it is removed, if it was not renamed.
+
+    First goes what processes that are no more left so: a folder is locked for as long as its process lives.
+    Where the file system has no such locks it stays. ``path``'s own folder is made if it is absent.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    with ExitStack() as stack:
+        with _locked(path.parent, wait=True):  # so that nobody removes one that has no lock yet
+            for old in path.parent.iterdir():
+                if TEMPORARY.fullmatch(old.name):
+                    with _locked(old, wait=False) as left:
+                        if left:
+                            shutil.rmtree(old, ignore_errors=True)
+            temporary.mkdir()
+            stack.enter_context(_locked(temporary, wait=False))
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Generator[bool]:
+    """Hold the lock of a folder, which ends with the process; yields whether it is held."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # it is gone, or no folder
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except OSError:  # another process has it, or there are no locks
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def temporary_beside(path: Path) -> Generator[Path]:
     """A temporary name in ``path``'s folder. What is written there becomes ``path`` when the block ends well,
     synced to disk; after an error it is removed and ``path`` is as it was."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from ..configs.files import atomic_write_text
+from ..configs.files import atomic_write_text, remove_temporaries
 from ..pretrain import distributed
 from ..pretrain.agree import on_rank_0, others_watched
 from ..pretrain.owner import RunLock
@@ -55,7 +55,7 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
     try:
         with others_watched():
             distributed.alone()
-            on_rank_0(lock.take)
+            on_rank_0(lambda: remove_temporaries(lock.take().folder))
             if distributed.rank() > 0:
                 progress, say = silent, log.debug
             return distributed.broadcast_json(_finetune(config, progress, say))

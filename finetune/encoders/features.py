@@ -9,8 +9,6 @@ used memory-mapped: a table of tokens may be larger than memory.
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...configs.files import cache_dir, fsync_folder
+from ...configs.files import cache_dir, fsync_folder, temporary_folder
 from ...pretrain import distributed
 from ...pretrain.model import Encoders
 from ..fusion.joint import check_joint
@@ -308,10 +306,7 @@ def _kept(
 
 def _write_entry(folder: Path, rows: int, batches: Iterable[Arrays]) -> None:
     """Write a folder of arrays [rows, ..] from their batches; it is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    temporary.mkdir()
-    try:
+    with temporary_folder(folder) as temporary:
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {}
             for batch in batches:
@@ -327,8 +322,6 @@ def _write_entry(folder: Path, rows: int, batches: Iterable[Arrays]) -> None:
         if not folder.exists():  # another process may have been first, with the same content
             temporary.rename(folder)
         fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

@@ -9,7 +9,6 @@ what a prediction needs. Nothing is unpickled and nothing outside the folder is 
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ...configs.documents import as_written, read_document
 from ...configs.errors import UserError
-from ...configs.files import fsync_folder
+from ...configs.files import fsync_folder, temporary_name
 from ...pretrain.model import Encoders, LoadedModel, load_model
 from ...pretrain.towers import write_open_clip
 from ..config import HeadConfig
@@ -47,7 +46,7 @@ __all__ = [
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` write into a temporary folder that then takes the place of ``folder``; after an error
     everything is as it was. UserError if the disk is full or not writable."""
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_name(folder)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)

@@ -1,10 +1,32 @@
 """Files are whole or absent."""
 
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from diptych.configs.files import atomic_write_bytes, atomic_write_text, cache_dir, temporary_beside
+from diptych.configs.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    cache_dir,
+    remove_temporaries,
+    temporary_beside,
+    temporary_folder,
+    temporary_name,
+)
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from diptych.configs.files import temporary_folder
+with temporary_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "array").write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(600)
+"""
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -37,3 +59,59 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -
     assert cache_dir() == Path("/there/diptych")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "diptych"
+
+
+def test_a_temporary_folder_becomes_what_it_is_for_or_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    with temporary_folder(path) as temporary:
+        (temporary / "b").write_text("all")
+        temporary.rename(path)
+    with pytest.raises(RuntimeError), temporary_folder(tmp_path / "new" / "c") as temporary:
+        raise RuntimeError
+    assert [entry.name for entry in path.parent.iterdir()] == ["a"]
+    assert (path / "b").read_text() == "all"
+
+
+def test_temporary_folders_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "entry")]
+    with ExitStack() as stack:
+        names: list[str] = []
+        holders: list[subprocess.Popen[str]] = []
+        for _ in range(2):
+            holder = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(holder.kill)
+            assert holder.stdout is not None
+            names.append(holder.stdout.readline().strip())
+            holders.append(holder)
+        kept = {"notes.tmp", ".hidden", ".a.0123456789ab.tmp.more"}
+        for name in kept:
+            (tmp_path / name).mkdir()
+        assert {entry.name for entry in tmp_path.iterdir()} == kept | set(names)
+        holders[1].kill()
+        holders[1].wait()
+        with temporary_folder(tmp_path / "other") as temporary:
+            assert {entry.name for entry in tmp_path.iterdir()} == kept | {names[0], temporary.name}
+        assert (tmp_path / names[0] / "array").read_text() == "half"
+
+
+def test_what_a_killed_run_left_under_temporary_names_goes_but_not_what_is_another_run_s(
+    tmp_path: Path,
+) -> None:
+    for folder in (tmp_path, tmp_path / "heads", tmp_path / "holdout"):
+        folder.mkdir(exist_ok=True)
+        temporary_name(folder / "file").touch()
+        whole = temporary_name(folder / "folder")
+        whole.mkdir()
+        (whole / "deep").touch()
+        (folder / ".x.tmp").touch()
+    (tmp_path / "holdout" / "lock").touch()
+    os.symlink(tmp_path / "holdout", tmp_path / "link")
+    remove_temporaries(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert [name for name in left if not name.startswith("holdout")] == [
+        ".x.tmp",
+        "heads",
+        "heads/.x.tmp",
+        "link",
+    ]
+    assert len([name for name in left if name.startswith("holdout/")]) == 5

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from diptych.configs.files import temporary_name
+
 from ..faults.test_stop import gone, ranks_of
 from ..finetune.fold_runs import pieces
 from ..finetune.labelled import write_config, write_task
@@ -91,6 +93,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     assert not gone(str(run))
     process.communicate()
     assert not (run / "results.json").exists()
+    temporary_name(run / "folds" / "results.json").touch()  # as a kill in mid-write leaves it
     finish(launch(folder, 1, run.name, *CV))
     found = left(run)
     for what in truth:
