@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, and where caches live."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -69,12 +70,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 class Lines:
-    """A file to which lines are added. A full disk costs none of them: what cannot be written is told once,
-    waits, and is written with the next."""
+    """A file of a run to which lines are added. A full disk costs none of them: what cannot be written is
+    told once, waits, and is written with the next."""
 
     def __init__(self, path: Path) -> None:
-        """It is made by the first call of ``add``."""
+        """It is made by the first call of ``add``; in a folder that holds ``config.yaml`` now only while that
+        is there, since where a mount has vanished there is another folder."""
         self.path = path
+        self._marked = path.with_name("config.yaml").is_file()
         self._handle: int | None = None
         self._made = self._failing = False
         self._waiting = bytearray()
@@ -94,6 +97,8 @@ class Lines:
 
     def _write(self) -> None:
         if self._handle is None:
+            if self._marked and not self.path.with_name("config.yaml").is_file():
+                raise FileNotFoundError(errno.ENOENT, "the run is not there; has its disk been unmounted?")
             # made once: where a mount has vanished, a new file would lie beside the old one
             flags = os.O_WRONLY | os.O_APPEND | (0 if self._made else os.O_CREAT)
             self._handle = os.open(self.path, flags, 0o666)

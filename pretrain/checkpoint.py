@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from .tensor_file import MEND, FileFacts, TensorFile, specs, write_tensors, writ
 
 __all__ = [
     "MANIFEST",
+    "OPTIMIZER_NAME",
+    "PARTS",
+    "RNG_NAME",
     "as_text",
     "complete",
     "folder_name",
+    "lacking_parts",
     "newest_checkpoint",
     "newest_or_none",
     "newest_step",
@@ -41,6 +45,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+RNG_NAME, OPTIMIZER_NAME = "rng.safetensors", "optimizer.safetensors"
+PARTS = (OPTIMIZER_NAME, RNG_NAME)
+"""What a run can begin anew, if it must (``resume.allow_partial``)."""
 
 
 def folder_name(step: int) -> str:
@@ -124,30 +131,38 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def newest_checkpoint(run: Path, *, before: int | None = None) -> Path | None:
+def newest_checkpoint(run: Path, *, before: int | None = None, without: Collection[str] = ()) -> Path | None:
     """The newest checkpoint that is whole, of a step before ``before`` if that is given; damaged ones are
-    passed over, each named in a warning. None if there is none. Raises UserError for one that a newer version
-    of the program has written."""
-    for found in scan(run, strict=True):
+    passed over, each named in a warning. Files called as in ``without`` may be missing. None if there is
+    none. Raises UserError for one that a newer version of the program has written."""
+    for found in scan(run, strict=True, without=without):
         if before is not None and found.step >= before:
             continue
-        problem = found.problem or verify(found.folder)
+        problem = found.problem or verify(found.folder, without=without)
         if problem is None:
             return found.folder
         log.warning("%s; going back to an older checkpoint", problem)
     return None
 
 
-def newest_or_none(run: Path) -> Path | None:
+def newest_or_none(run: Path, *, without: Collection[str] = ()) -> Path | None:
     """As ``newest_checkpoint``, but raises UserError where there are checkpoints and none is whole: a run
     does not start over by mistake."""
-    newest = newest_checkpoint(run)
+    newest = newest_checkpoint(run, without=without)
     if newest is None and (found := scan(run)):
+        lacking = next((names for one in found if (names := lacking_parts(one.folder))), "")
+        partly = f"set resume.allow_partial=true to go on without {lacking}, or " if lacking else ""
         raise UserError(
-            f"{run / 'checkpoints'} holds {len(found)} checkpoints of which none is whole; remove that "
-            "folder to start the run from its beginning, or put a whole one there"
+            f"{run / 'checkpoints'} holds {len(found)} checkpoints of which none is whole; {partly}remove "
+            "that folder to start the run from its beginning, or put a whole one there"
         )
     return newest
+
+
+def lacking_parts(folder: Path) -> str:
+    """Names of the ``PARTS`` that a checkpoint lacks; "" if it lacks none, or is not whole without them."""
+    missing = [name for name in PARTS if not (folder / name).exists()]
+    return ", ".join(missing) if missing and verify(folder, without=PARTS) is None else ""
 
 
 def newest_step(run: Path) -> tuple[int, Path] | None:

@@ -83,6 +83,8 @@ class Guard:
         self._since_row, self._compared, self._ready = 0, state.step, -1
         self.wait_for_saves: Callable[[], None] = lambda: None
         """Called before a checkpoint is looked for, by all ranks."""
+        self.origin: Path | None = None
+        """The checkpoint that the run went on from, maybe another run's."""
         self.sound: Tensor | None = None
         """Where the host does not wait: whether the present step is applied, a bool [] on the device."""
         if self._waits:
@@ -159,17 +161,10 @@ class Guard:
         """What a step leads to: nothing, or a rung of the ladder."""
         loss, grad_norm = both
         numbers = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-        reason = "spike" if spike else ""
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            reason = "not finite"
-            if self._scaled and math.isfinite(loss):  # fp16's scaler copes with gradients that overflow
-                self.ladder.overflows += 1
-                return ""
-        elif spike:
-            self.ladder.spikes += 1
-            if self.config.spike.action == "warn":
-                self._say("spike", one.step, f"step {one.step} is a spike ({numbers})")
-                return ""
+        reason = self._reason(loss, grad_norm, spike)
+        if reason == "spike" and self.config.spike.action == "warn":
+            self._say("spike", one.step, f"step {one.step} is a spike ({numbers})")
+            return ""
         if not reason:
             return ""
         rung = self.ladder.bad(one.step)
@@ -192,6 +187,16 @@ class Guard:
         self._say("skip", one.step, f"step {one.step} is left out: {reason} ({numbers}); {counted}")
         return rung
 
+    def _reason(self, loss: float, grad_norm: float, spike: bool) -> str:
+        """What is wrong with a step, "" if nothing is; counts it."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.ladder.in_a_row = 0
+            self.ladder.spikes += spike
+            return "spike" if spike else ""
+        if self._scaled and math.isfinite(loss):  # fp16's scaler copes with gradients that overflow
+            return "gradients overflow at any scale" if self.ladder.overflowed() else ""
+        return "not finite"
+
     def _climb(self, rung: str, last: list[float]) -> None:
         """Go back, or stop."""
         state, bad = self._state, list(self.ladder.recent)
@@ -201,7 +206,7 @@ class Guard:
         run, before = self._folder, bad[0] if bad else state.step
 
         def target() -> str:
-            return str(newest_checkpoint(run, before=before) or newest_checkpoint(run) or "")
+            return str(newest_checkpoint(run, before=before) or newest_checkpoint(run) or self.origin or "")
 
         name = distributed.broadcast_json(on_rank_0(target))
         if not name:
@@ -243,8 +248,8 @@ class Guard:
             raise UserError(
                 f"guard.replicas_every_steps: at step {state.step} the processes no longer hold the same: "
                 f"{difference}; nothing of it was saved, the same command goes on from the newest "
-                "checkpoint; look at that process's memory or GPU, or set 0 where devices of several kinds "
-                "round differently"
+                "checkpoint; look at the memory and GPU of what is named, or set 0 where devices of several "
+                "kinds round differently"
             )
 
     def row(self, out: Mapping[str, Tensor]) -> dict[str, float]:
@@ -254,7 +259,9 @@ class Guard:
         spread = torch.stack([feature_std(out[f"{kind}_features"]) for kind in ("image", "text")]).tolist()
         share = float(self._clamped) / max(1, self._since_row)
         self._clamped, self._since_row = 0.0, 0
-        self._warn_of_collapse(min(spread) * out["image_features"].shape[1] ** 0.5)
+        rows, width = out["image_features"].shape
+        if rows > 1:
+            self._warn_of_collapse(min(spread) * width**0.5)
         row: dict[str, float] = {"logit_scale_clamped": share}
         row |= {"image_feature_std": spread[0], "text_feature_std": spread[1], **self.ladder.counts()}
         return row | ({"overflows": self.ladder.overflows} if self._scaled else {})
@@ -294,8 +301,8 @@ class Guard:
         self._lines.close()
 
     def resume(self, step: int) -> None:
-        """Forget what came after ``step``."""
-        self._compared = step
+        """Forget what came after ``step``; the run's folder is there."""
+        self._compared, self._lines = step, Lines(self.path)
         if distributed.rank() == 0:
             cut_metrics(self.path, step)
 

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..configs.errors import UserError
 from ..configs.files import fsync_folder
@@ -26,6 +28,30 @@ MANIFEST = "manifest.json"
 SCHEMA = 2
 _MAX_BYTES = 64 << 20
 _FOLDER = re.compile(r"step_(\d{8,})")
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Plain = Annotated[str, Field(pattern=r"^[\w@/.:+-]{1,100}$")]  # what is shown on a terminal
+
+
+class _File(BaseModel):
+    """A file of a checkpoint."""
+
+    model_config = ConfigDict(strict=True)
+    bytes: _Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Facts(BaseModel):
+    """What a manifest must hold, and may."""
+
+    model_config = ConfigDict(strict=True)
+    schema_: _Count = Field(default=1, alias="schema")
+    step: _Count
+    samples_seen: _Count = 0
+    world_size: _Count = 1
+    written: _Plain = "unknown"
+    metrics: dict[_Plain, FiniteFloat] = Field(default_factory=dict)
+    files: dict[Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")], _File]
 
 
 class NewerCheckpoint(UserError):
@@ -91,24 +117,29 @@ def _read(folder: Path) -> dict[str, Any]:
             body = {key: value for key, value in facts.items() if key != "sha256"}
             if _text(body) != text:
                 raise _Damage(f"{path} is damaged (its own sha256 differs)")
-            if facts["schema"] > SCHEMA:
+            if (schema := int(facts["schema"])) > SCHEMA:
                 raise NewerCheckpoint(
-                    f"{folder} was written by a newer version of Diptych (its schema is {facts['schema']}, "
+                    f"{folder} was written by a newer version of Diptych (its schema is {schema}, "
                     f"this version reads up to {SCHEMA}); update diptych, or set out to another folder"
                 )
-        files = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in facts["files"].items()}
-        int(facts["step"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damage(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    for name in files:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _Damage(f"{path} is damaged ({where[:100]!r}: {first['msg']})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise _Damage(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]!r})") from error
+    for name in facts["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise _Damage(f"{path} names a file outside its folder ({name})")
     return facts
 
 
-def _check(folder: Path, facts: Mapping[str, Any], *, hashes: bool) -> str | None:
+def _check(folder: Path, facts: Mapping[str, Any], *, hashes: bool, without: Collection[str]) -> str | None:
     for name, entry in facts["files"].items():
         path = folder / name
+        if name in without and not path.exists():
+            continue
         try:
             size = path.stat().st_size
             if size != entry["bytes"]:
@@ -122,18 +153,19 @@ def _check(folder: Path, facts: Mapping[str, Any], *, hashes: bool) -> str | Non
     return None
 
 
-def verify(folder: Path) -> str | None:
-    """None if every file is there and has its size and hash; else what is wrong."""
+def verify(folder: Path, *, without: Collection[str] = ()) -> str | None:
+    """None if every file is there and has its size and hash; else what is wrong. Those called as in
+    ``without`` may be missing."""
     try:
-        return _check(folder, _read(folder), hashes=True)
+        return _check(folder, _read(folder), hashes=True, without=without)
     except (_Damage, NewerCheckpoint) as damage:
         return str(damage)
 
 
-def scan(run: Path, *, strict: bool = False) -> list[Found]:
+def scan(run: Path, *, strict: bool = False, without: Collection[str] = ()) -> list[Found]:
     """All checkpoints of a run, newest first, by the step in their manifest (by name only where there is
     none), each looked at without reading its big files. ``strict``: raise NewerCheckpoint for one that cannot
-    be understood instead of listing it as a problem."""
+    be understood instead of listing it as a problem. ``without``: files that may be missing."""
     found: list[Found] = []
     for folder in (run / "checkpoints").glob("step_*"):
         named = _FOLDER.fullmatch(folder.name)
@@ -141,7 +173,8 @@ def scan(run: Path, *, strict: bool = False) -> list[Found]:
             continue
         try:
             facts = _read(folder)
-            found.append(Found(folder, int(facts["step"]), _check(folder, facts, hashes=False), facts))
+            problem = _check(folder, facts, hashes=False, without=without)
+            found.append(Found(folder, int(facts["step"]), problem, facts))
         except _Damage as damage:
             found.append(Found(folder, int(named[1]), str(damage)))
         except NewerCheckpoint as newer:

@@ -149,7 +149,7 @@ class RunParts:
         )
         newest = on_rank_0(lambda: str(start_from(config.resume, self.folder) or ""))
         name = distributed.broadcast_json(newest)
-        if self.world_size > 1 and (name or self.state.sharded):
+        if self.world_size > 1:
             require_shared(self.folder)
         changes = on_rank_0(lambda: compare(config, self._stored(name), force=config.resume.force))
         if name:

@@ -29,7 +29,8 @@ class Quarantine:
         return len(self._known)
 
     def resume(self, step: int) -> None:
-        """Forget what was met after ``step``."""
+        """Forget what was met after ``step``; the run's folder is there."""
+        self._lines = Lines(self.path)
         if distributed.rank() == 0:
             cut_metrics(self.path, step)
         distributed.barrier()

@@ -64,14 +64,21 @@ class Difference:
         columns = list(zip(*table, strict=True))
         odd = [i for i, column in enumerate(columns) if len(set(column)) > 1]
         first = columns[odd[0]]
-        most = Counter(first).most_common(1)[0][0]  # of equally many, the lower rank's
+        most, count = Counter(first).most_common(1)[0]
         self.name, self.tensors, self.of = names[odd[0]], len(odd), len(names)
         self.ranks = [rank for rank, value in enumerate(first) if value != most]
+        """Those that differ from most of them; all if there is no majority."""
+        self.majority = 2 * count > len(first)
+        if not self.majority:
+            self.ranks = list(range(len(first)))
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.ranks[:8])) + (" .." if len(self.ranks) > 8 else "")
+        where = f"in {self.name} ({self.tensors} of {self.of} entries differ)"
+        if not self.majority:
+            return f"ranks {ranks} differ {where}, and which of them is wrong cannot be told"
         who = f"rank {ranks} differs" if len(self.ranks) == 1 else f"ranks {ranks} differ"
-        return f"{who} from the rest in {self.name} ({self.tensors} of {self.of} entries differ)"
+        return f"{who} from the rest {where}"
 
 
 def _place_of(name: str) -> tuple[bool, bool, str]:

@@ -1,5 +1,6 @@
 """Where a run starts: at its beginning, where it stopped, or at a checkpoint of another run."""
 
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..configs.errors import UserError
 from ..configs.load import StrictModel
-from .checkpoint import newest_or_none, verify
+from .checkpoint import PARTS, lacking_parts, newest_or_none, verify
 from .manifest import MANIFEST, scan
 
 __all__ = ["ResumeConfig", "start_from"]
@@ -29,7 +30,8 @@ class ResumeConfig(StrictModel):
     """Also take changes of the config that make it another run from here on; each is told and written into
     ``changes.jsonl``. Where the order of samples changes, the data goes on with the next epoch."""
     allow_partial: bool = False
-    """Go on from a checkpoint that lacks a part (random states, for instance), which then begins anew."""
+    """Go on from a checkpoint whose optimizer or random states are missing, which then begin anew. Without it
+    such a one is passed over for an older one, like any that is damaged."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,22 +52,25 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
                 "folder, or resume=auto to go on"
             )
         return None
-    own = newest_or_none(run)
+    without = PARTS if config.allow_partial else ()
+    own = newest_or_none(run, without=without)
     if own is None and config.start == "must":
         raise UserError(
             f"resume: must, but {run} holds no checkpoint; check out, or set resume=auto to start"
         )
-    return own if own is not None or config.start in POLICIES else _elsewhere(config.start)
+    return own if own is not None or config.start in POLICIES else _elsewhere(config.start, without)
 
 
-def _elsewhere(text: str) -> Path:
+def _elsewhere(text: str, without: Collection[str]) -> Path:
     """The checkpoint that a path names: itself, or the newest whole one of a run."""
     path = Path(text).expanduser()
     if (path / MANIFEST).is_file():
-        if problem := verify(path):
-            raise UserError(f"resume.start: {problem}; give another checkpoint")
+        if problem := verify(path, without=without):
+            lacking = lacking_parts(path)
+            partly = f", or set resume.allow_partial=true to go on without {lacking}" if lacking else ""
+            raise UserError(f"resume.start: {problem}; give another checkpoint{partly}")
         return path
-    if path.is_dir() and (newest := newest_or_none(path)) is not None:
+    if path.is_dir() and (newest := newest_or_none(path, without=without)) is not None:
         return newest
     near = get_close_matches(text, POLICIES, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "give auto, never, must, a run's folder or a checkpoint's"

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..configs.documents import as_written
 from ..configs.errors import UserError
 from . import distributed
-from .checkpoint import read_document
-from .tensor_file import FileFacts, Spec, TensorFile, write_tensors
+from .checkpoint import OPTIMIZER_NAME, read_document
+from .tensor_file import MEND, FileFacts, Spec, TensorFile, write_tensors
 from .tensor_file import specs as specs_of
 from .weights import MODEL_NAME
 
 __all__ = [
     "LAYOUT_NAME",
-    "OPTIMIZER_NAME",
     "RAW_NAME",
     "Kinds",
     "SavedTensors",
@@ -35,11 +35,7 @@ __all__ = [
     "write_model",
 ]
 
-RAW_NAME, OPTIMIZER_NAME, LAYOUT_NAME = (
-    "train_model.safetensors",
-    "optimizer.safetensors",
-    "layout.json",
-)
+RAW_NAME, LAYOUT_NAME = "train_model.safetensors", "layout.json"
 Kinds = Mapping[str, Mapping[str, Tensor]]
 """Tensors by kind and name."""
 
@@ -91,12 +87,13 @@ class SavedTensors:
         self._layout: dict[str, Any] = {}
         if (folder / LAYOUT_NAME).is_file():
             saved = read_document(folder / LAYOUT_NAME)
-            self._layout = saved["tensors"]
-            self._parts = [TensorFile(folder / part_name(r)) for r in range(int(saved["world_size"]))]
-            self.names = {key: {} for key in ("weights", "ema", "optimizer")}
+            self.names = {}
+            with as_written(folder / LAYOUT_NAME, MEND):
+                self._layout = {key: _entry(entry) for key, entry in saved["tensors"].items()}
+                self._parts = [TensorFile(folder / part_name(r)) for r in range(int(saved["world_size"]))]
             for key in self._layout:
                 kind, _, name = key.partition("/")
-                self.names[kind][name] = key
+                self.names.setdefault(kind, {})[name] = key
         else:
             self._files = {
                 kind: TensorFile(folder / name)
@@ -116,10 +113,20 @@ class SavedTensors:
         if not self._layout:
             return self._files[kind].read(name, *(rows or ()))
         key = f"{kind}/{name}"
+        with as_written(self.folder / LAYOUT_NAME, MEND):
+            value = self._from_parts(key, rows)
+            shape = list(self._layout[key]["shape"])
+            if rows is not None:
+                shape[rows[0]] = rows[2] - rows[1]
+            if list(value.shape) != shape:
+                raise ValueError(f"{key} has shape {list(value.shape)}, not {shape}")
+        return value
+
+    def _from_parts(self, key: str, rows: tuple[int, int, int] | None) -> Tensor:
         entry = self._layout[key]
         if "starts" not in entry:
             return self._parts[0].read(key, *(rows or ()))
-        dim, starts = int(entry["dim"]), [int(start) for start in entry["starts"]]
+        dim, starts = entry["dim"], entry["starts"]
         assert rows is None or rows[0] == dim
         first, last = (0, starts[-1]) if rows is None else rows[1:]
         pieces = [
@@ -155,6 +162,14 @@ class SavedTensors:
                 "model as it was, or give this run another out folder"
             )
         return {name: self.like(kind, name, value) for name, value in own.items()}
+
+
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layout says of a tensor, as numbers."""
+    out: dict[str, Any] = {"shape": [int(size) for size in entry["shape"]]}
+    if "starts" in entry:
+        out |= {"dim": int(entry["dim"]), "starts": [int(start) for start in entry["starts"]]}
+    return out
 
 
 def _joined(pieces: list[Tensor], dim: int) -> Tensor:

@@ -25,11 +25,11 @@ from ..configs.errors import UserError
 from ..configs.versions import versions
 from ..data.stream import Stream
 from . import checkpoint, distributed
+from .checkpoint import OPTIMIZER_NAME, RNG_NAME
 from .ema import Ema
 from .model import ContrastiveModel
 from .sharded import (
     LAYOUT_NAME,
-    OPTIMIZER_NAME,
     SavedTensors,
     file_names,
     layout,
@@ -46,7 +46,9 @@ from .weights import CONFIG_NAME
 __all__ = ["Saved", "TrainState"]
 
 log = logging.getLogger(__name__)
-RNG_NAME, TRAINER_NAME = "rng.safetensors", "trainer.json"
+TRAINER_NAME = "trainer.json"
+ADAMW, MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+"""What an optimizer keeps for a parameter."""
 
 
 class Saved(Protocol):
@@ -201,7 +203,7 @@ class TrainState:
             with as_written(folder / TRAINER_NAME, MEND):
                 self.ema.load_state_dict(trainer["ema"], averages)
         self.clip.load_state_dict(saved.all_like("weights", own))
-        if "optimizer" in saved.names:
+        if saved.names.get("optimizer"):
             self._load_optimizer(saved)
         if self.scaler is not None and trainer.get("scaler") is not None:
             with as_written(folder / TRAINER_NAME, MEND):
@@ -210,7 +212,7 @@ class TrainState:
 
     def _missing(self, trainer: Mapping[str, Any], saved: SavedTensors, folder: Path) -> Iterator[str]:
         """Names of the parts that this run has and the checkpoint has not."""
-        if "optimizer" not in saved.names:
+        if not saved.names.get("optimizer"):
             yield f"optimizer ({OPTIMIZER_NAME})"
         if not (folder / RNG_NAME).is_file():
             yield f"random states ({RNG_NAME})"
@@ -259,16 +261,27 @@ class TrainState:
         for key in saved.names["optimizer"]:
             name, _, entry = key.rpartition("/")
             found.setdefault(name, []).append(entry)
-        if found and found.keys() != set(names):
-            raise UserError(
-                f"{saved.folder}: its optimizer belongs to another model; give this run another out folder"
-            )
+        if odd := sorted(found.keys() ^ set(names)) if found else []:
+            raise self._odd_optimizer(saved, odd[0])
         own = dict(self.clip.named_parameters())
+        kept = [MUON if "stacked" in g else ADAMW for g in self.optimizer.param_groups for _ in g["params"]]
         for i, name in enumerate(names):
             if name in found:
+                if set(found[name]) != kept[i]:
+                    raise self._odd_optimizer(saved, name)
                 state[i] = {e: saved.like("optimizer", f"{name}/{e}", own[name]) for e in found[name]}
+                for entry, value in state[i].items():  # the fused kernel trusts shapes
+                    shape = () if entry == "step" else own[name].shape
+                    if value.shape != shape or not value.is_floating_point():
+                        raise self._odd_optimizer(saved, f"{name}/{entry}")
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+
+    def _odd_optimizer(self, saved: SavedTensors, what: str) -> UserError:
+        return UserError(
+            f"{saved.folder}: its optimizer belongs to another model or method ({what}); give this run "
+            "another out folder"
         )
 
     def _gather_rng(self) -> dict[str, Tensor]:
@@ -286,10 +299,13 @@ class TrainState:
         """This rank's own random state; on another number of ranks those that it has no state for keep the
         seed's."""
         rank = f"rank_{distributed.rank():05d}"
-        if (cpu := states.get(f"{rank}/cpu")) is not None:
-            torch.set_rng_state(cpu)
-        if self.device.type == "cuda" and (cuda := states.get(f"{rank}/cuda")) is not None:
-            torch.cuda.set_rng_state(cuda, self.device)
+        try:
+            if (cpu := states.get(f"{rank}/cpu")) is not None:
+                torch.set_rng_state(cpu)
+            if self.device.type == "cuda" and (cuda := states.get(f"{rank}/cuda")) is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{RNG_NAME} holds no random state ({error}); {MEND}") from error
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -87,6 +87,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._patient = True
+        self._marker, self._marked = folder / "config.yaml", False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -103,7 +104,7 @@ class Watch:
 
     def follow(self, step: Callable[[], int], stream: Stream) -> None:
         """The run has been built: this gives the number of its finished steps, and this is its data."""
-        self._step, self._stream = step, stream
+        self._step, self._stream, self._marked = step, stream, self._marker.is_file()
 
     def be_patient(self) -> None:
         """What comes may take long: until the next ``step_done`` the long time limit holds. A rank that waits
@@ -150,7 +151,9 @@ class Watch:
         log.warning("%sno step has ended for %.0f s after step %d: %s; %s", here, seconds, step, what, where)
 
     def _write(self, title: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._marked and not self._marker.is_file():
+            raise OSError("the run is not there; has its disk been unmounted?")
+        self.folder.mkdir(exist_ok=True)
         anew = self.path.exists() and self.path.stat().st_size > STACKS_BYTES
         with self.path.open("w" if anew else "a", encoding="utf-8") as file:
             print(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}", file=file, flush=True)
