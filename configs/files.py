@@ -21,6 +21,7 @@ __all__ = [
     "atomic_write_text",
     "cache_dir",
     "fsync_folder",
+    "fsync_lines",
     "remove_temporaries",
     "resolve_data_path",
     "temporary_beside",
@@ -67,6 +68,14 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fsync_lines(run: Path) -> None:
+    """Make all ``Lines`` written so far in a run's folder durable."""
+    for path in run.glob("*.jsonl"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    fsync_folder(run)
 
 
 class Lines:

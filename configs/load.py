@@ -107,6 +107,8 @@ def _counted(data: Any, name: str) -> Any:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
+        elif isinstance(value, str) and "\0" in value:  # no path may have one
+            raise UserError(f"{name}: {value[:80]!r} holds a NUL character; take it out")
     return data
 
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from ..configs.errors import UserError
+from ..configs.files import atomic_write_bytes
+from ..configs.load import to_yaml
 from ..data.shards import open_shards
 from ..data.stream import open_stream
 from ..data.text import tokenizer_for
@@ -34,7 +36,7 @@ from .resume import start_from
 from .run import NONE, compare, config_hash, run_path, write_config
 from .saver import Saver, require_shared
 from .state import TrainState
-from .tracking import Tracker, cut_metrics
+from .tracking import GROUP_NAME, Tracker, cut_metrics
 from .watch import Watch
 
 __all__ = ["RunParts", "Show"]
@@ -170,17 +172,35 @@ class RunParts:
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
         self.guard.resume(self.state.step)
+        self.guard.origin = Path(name) if name else None
+        self.tracker = on_rank_0(lambda: self._open_tracker(name))
         facts = {"config_sha256": config_hash(config)}
-        self.saver = Saver(self.folder, self.state, config.checkpoint, facts)
+        texts = {"config.yaml": to_yaml(config)}
+        if self.tracker is not None and self.tracker.group:
+            texts[GROUP_NAME] = self.tracker.group + "\n"
+        self.saver = Saver(self.folder, self.state, config.checkpoint, facts, texts)
         self.guard.wait_for_saves = self.saver.wait
-        self.tracker = on_rank_0(
-            lambda: Tracker(self.folder, config.tracking, config.model_dump(mode="json"))
-        )
+
+    def _open_tracker(self, checkpoint: str) -> Tracker:
+        """W&B's group is the run's; where its file is lost the checkpoint has it."""
+        saved, own = Path(checkpoint, GROUP_NAME), self.folder / GROUP_NAME
+        if self.folder in saved.parents and saved.is_file() and not own.exists():
+            atomic_write_bytes(own, saved.read_bytes())
+        return Tracker(self.folder, self.config.tracking, self.config.model_dump(mode="json"))
 
     def _stored(self, checkpoint: str) -> Path:
-        """The config of the run that goes on: the folder's own, else that of the run that is taken up."""
+        """The config of the run that goes on: the folder's own, else the checkpoint's. Raises UserError,
+        unless forced, for a checkpoint without one: a difference would not be seen."""
         own = self.folder / "config.yaml"
-        return own if own.is_file() or not checkpoint else Path(checkpoint).parent.parent / "config.yaml"
+        if own.is_file() or not checkpoint:
+            return own
+        stored = Path(checkpoint, "config.yaml")
+        if not stored.is_file() and not self.config.resume.force:
+            raise UserError(
+                f"resume.start: {checkpoint} has no config.yaml, so that settings cannot be compared; put "
+                "that of its run there, or set resume.force=true"
+            )
+        return stored
 
     def log(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row to the metrics, and show it; on rank 0."""

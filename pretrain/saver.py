@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.errors import UserError
+from ..configs.files import fsync_lines
 from . import checkpoint, distributed
 from .agree import on_rank_0, together
 from .manifest import scan
@@ -95,6 +96,7 @@ class _Save:
                 raise UserError(f"{path} was written by another process and is not seen by rank 0")
         if self.snapshot.combine is not None:
             files = files | self.snapshot.combine(self.temporary)
+        fsync_lines(self.temporary.parent.parent)  # whoever goes on from here needs the rows up to here
         checkpoint.complete(self.temporary, self.final, self.facts, files)
         self.write_s = time.monotonic() - self.started
         return files
@@ -109,9 +111,12 @@ class Saver:
         state: TrainState,
         config: CheckpointConfig,
         facts: Mapping[str, Any] | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
-        """``facts`` go into every manifest. The run's folder is there; rank 0 makes that of checkpoints."""
-        self.run, self.state, self.config, self.facts = run, state, config, dict(facts or {})
+        """``facts`` go into every manifest, ``texts`` by file's name into every checkpoint. The run's folder
+        is there; rank 0 makes that of checkpoints."""
+        self.run, self.state, self.config = run, state, config
+        self.facts, self.texts = dict(facts or {}), dict(texts or {})
         self.tell: Callable[[dict[str, Any]], None] = lambda row: None
         """Gets a row whenever a save has ended or made training wait."""
         self.saved_step = state.step
@@ -196,7 +201,8 @@ class Saver:
             **self.facts,
             "metrics": self._scores[1] if self._scores[0] == state.step else {},
         }
-        now = _Save(self.run, state.snapshot(self._stager), facts, f"{self._token}_{self._attempts}")
+        snapshot = state.snapshot(self._stager, self.texts)
+        now = _Save(self.run, snapshot, facts, f"{self._token}_{self._attempts}")
         now.parts = state.sharded
         if now.parts:
             now.job = _Job(lambda: self._in_place(now.write))

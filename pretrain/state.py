@@ -110,9 +110,9 @@ class TrainState:
         else:
             yield None
 
-    def snapshot(self, stager: Stager) -> Snapshot:
+    def snapshot(self, stager: Stager, texts: Mapping[str, str] | None = None) -> Snapshot:
         """This moment, to be written; all ranks call it. Sharded tensors are not gathered: every rank has its
-        part to write. Else rank 0 has everything."""
+        part to write. Else rank 0 has everything. ``texts``: further documents, by file's name."""
         states = self._gather_rng()
         kinds: dict[str, Mapping[str, Tensor]] = {"weights": self.clip.state_dict()}
         kinds["optimizer"] = self._optimizer_tensors()
@@ -134,7 +134,7 @@ class TrainState:
             step=self.step,
             samples_seen=self.samples_seen,
             tensors=staged | ({RNG_NAME: states} if first else {}),
-            texts=self._texts(layout(kinds) if self.sharded else None) if first else {},
+            texts=self._texts(layout(kinds) if self.sharded else None) | {**(texts or {})} if first else {},
             write_more=partial(bundle_text, self.clip),
             combine=combine,
             settled=stager.settled(),

@@ -11,13 +11,17 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ..configs.errors import UserError
 from ..configs.files import Lines, atomic_write_bytes, atomic_write_text
 from ..configs.load import StrictModel
 
-__all__ = ["Tracker", "TrackingConfig", "cut_metrics", "read_metrics", "track_evaluation"]
+__all__ = ["GROUP_NAME", "Tracker", "TrackingConfig", "cut_metrics", "read_metrics", "track_evaluation"]
+GROUP_NAME = "wandb_group.txt"
+_WORD = r"^[^\x00-\x1f\x7f/\\#?%:]{1,100}$"  # W&B's rule for projects
 
 
 class TrackingConfig(StrictModel):
@@ -25,9 +29,9 @@ class TrackingConfig(StrictModel):
 
     wandb: Literal["offline", "online", "off"] = "offline"
     """``offline`` writes into the run folder and sends nothing; ``online`` needs ``wandb login``."""
-    project: str = "diptych"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
+    project: str = Field(default="diptych", pattern=_WORD)
+    entity: str | None = Field(default=None, pattern=_WORD)
+    tags: tuple[Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")], ...] = ()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,6 +65,8 @@ class Tracker:
         self._lines = Lines(self.path)
         self._lines.add()
         self._wandb = None if config.wandb == "off" else _start_wandb(folder, config, run_config)
+        self.group = "" if self._wandb is None else _group_of(folder)
+        """Of this run in W&B."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row. It must hold ``kind`` and ``step``; ``samples_seen`` is W&B's axis where given. Numbers
@@ -105,16 +111,29 @@ def _scores(part: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, flo
             yield from [(path, value["value"])] if "value" in value else _scores(value, path)
 
 
+def _name_of(folder: Path) -> str:
+    """The folder's name as W&B takes it."""
+    name = folder.resolve().name
+    return "".join(letter if letter.isprintable() else "-" for letter in name)[:100]
+
+
+def _group_of(folder: Path) -> str:
+    """The run's group, kept in ``folder/wandb_group.txt``."""
+    known = folder / GROUP_NAME
+    text = known.read_bytes()[:200].decode(errors="replace").strip() if known.is_file() else ""
+    if not text or len(text) > 120 or not text.isprintable():
+        text = f"{_name_of(folder)}-{secrets.token_hex(4)}"
+        atomic_write_text(known, text + "\n")
+    return text
+
+
 def _start_wandb(
     folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], kind: str | None = None
 ) -> Any:
-    """A W&B run whose files lie in ``folder/wandb``; its group is kept in ``folder/wandb_group.txt``."""
+    """A W&B run whose files lie in ``folder/wandb``."""
     import wandb
 
-    known = folder / "wandb_group.txt"
-    if not known.is_file():
-        atomic_write_text(known, f"{folder.resolve().name}-{secrets.token_hex(4)}\n")
-    group = known.read_text(encoding="utf-8").strip()
+    group = _group_of(folder)
     online = config.wandb == "online" and os.environ.get("WANDB_MODE") != "offline"
     mode = "online" if online else "offline"
     try:
@@ -123,15 +142,15 @@ def _start_wandb(
             entity=config.entity,
             group=group,
             job_type=kind,
-            name=folder.resolve().name,
+            name=_name_of(folder),
             tags=list(config.tags),
             config=dict(run_config),
             dir=str(folder),
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
         )
-    except (wandb.Error, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (wandb.Error, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"tracking.wandb: cannot start a run {mode} ({reason}); run `wandb login`, or set "
             "tracking.wandb=offline"
