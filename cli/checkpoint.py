@@ -103,9 +103,11 @@ def list_(args: argparse.Namespace) -> int:
 
 
 def _best(found: list[Any], metric: str) -> Any:
-    from ..pretrain.retention import KeepBest, best_of
+    """The checkpoint that ``checkpoint.keep_best`` with this metric would keep; None where there is none."""
+    from ..pretrain.retention import METRICS, KeepBest, best_of
 
-    return next(iter(best_of(found, KeepBest.model_validate({"metric": metric}))), None)
+    known = metric in METRICS
+    return next(iter(best_of(found, KeepBest.model_validate({"metric": metric}))), None) if known else None
 
 
 def verify(args: argparse.Namespace) -> int:

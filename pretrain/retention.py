@@ -2,27 +2,31 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from ..configs.load import StrictModel
 from .manifest import Found
 
-__all__ = ["CheckpointConfig", "KeepBest", "best_of", "superseded"]
+__all__ = ["METRICS", "CheckpointConfig", "KeepBest", "best_of", "superseded"]
+
+
+Metric = Literal[
+    "val/image_to_text_R@1",
+    "val/image_to_text_R@5",
+    "val/image_to_text_R@10",
+    "val/text_to_image_R@1",
+    "val/text_to_image_R@5",
+    "val/text_to_image_R@10",
+]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 class KeepBest(StrictModel):
     """Checkpoints that stay for a score they had on the held-out shards."""
 
-    metric: Literal[
-        "val/image_to_text_R@1",
-        "val/image_to_text_R@5",
-        "val/image_to_text_R@10",
-        "val/text_to_image_R@1",
-        "val/text_to_image_R@5",
-        "val/text_to_image_R@10",
-    ] = "val/image_to_text_R@5"
+    metric: Metric = "val/image_to_text_R@5"
     """A score of the rows of kind ``eval`` in ``metrics.jsonl``; the highest are the best."""
     count: int = Field(default=1, ge=1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from diptych.configs.files import (
+    Lines,
     atomic_write_bytes,
     atomic_write_text,
     cache_dir,
@@ -115,3 +116,20 @@ def test_what_a_killed_run_left_under_temporary_names_goes_but_not_what_is_anoth
         "link",
     ]
     assert len([name for name in left if name.startswith("holdout/")]) == 5
+
+
+def test_lines_of_a_run_wait_while_its_disk_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    lines = Lines(run / "bad_steps.jsonl")
+    run.rename(tmp_path / "disk")
+    run.mkdir()  # the mount point
+    lines.add("1\n", "2\n")
+    assert list(run.iterdir()) == []
+    assert "has its disk been unmounted?); what is new waits in memory" in caplog.text
+    run.rmdir()
+    (tmp_path / "disk").rename(run)
+    lines.add("3\n")
+    lines.close()
+    assert (run / "bad_steps.jsonl").read_text() == "1\n2\n3\n"

@@ -91,6 +91,17 @@ def own_pixels() -> Any:
     ContrastiveModel.pixels = whole
 
 
+def test_a_run_that_took_up_another_goes_back_to_where_it_began(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(load(config, tmp_path / "first", *LADDER, "train.total_samples=64"))
+    before_step(monkeypatch, break_weights(6))
+    start = f"resume={{start: {tmp_path / 'first'}, force: true}}"
+    outcome = train(load(config, tmp_path / "run", *LADDER, start, "checkpoint.every_steps=50"))
+    assert (outcome.step, outcome.stopped) == (20, False)
+    assert bad_steps(tmp_path / "run")[-1].items() >= {"checkpoint": "step_00000004", "first_step": 5}.items()
+
+
 def test_weights_that_broke_are_the_checkpoints_again_and_the_data_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,9 @@
 """The ladder as a function of bad steps, spikes, fingerprints, and the optimizers' masked steps."""
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from diptych.configs.errors import UserError
 from diptych.pretrain.collapse import ALIKE, at_chance, feature_std
 from diptych.pretrain.ema import Ema
+from diptych.pretrain.guard import Guard
 from diptych.pretrain.guard_config import GuardConfig, SpikeConfig
-from diptych.pretrain.ladder import Ladder
+from diptych.pretrain.ladder import OVERFLOWS, Ladder
 from diptych.pretrain.model import clamp_logit_scale
 from diptych.pretrain.muon import Muon
-from diptych.pretrain.replicas import fingerprint
+from diptych.pretrain.replicas import Difference, fingerprint
 from diptych.pretrain.spikes import SpikeWatch
 
 CPU = torch.device("cpu")
@@ -50,6 +55,78 @@ def test_the_ladder_is_its_definition_also_after_a_resume(
             ladder.went_back()
             since, times = step, times + 1
     assert ladder.rollbacks == times
+
+
+def test_overflows_are_the_scalers_until_no_scale_helps_also_after_a_resume() -> None:
+    ladder, bad = Ladder(GuardConfig()), 0
+    for _ in range(3):
+        for _ in range(OVERFLOWS):
+            state, ladder = ladder.state_dict(), Ladder(GuardConfig())
+            ladder.load_state_dict(state)
+            bad += ladder.overflowed()
+        ladder.in_a_row = 0  # a step whose gradients are finite
+    assert (bad, ladder.overflows) == (0, 3 * OVERFLOWS)
+    assert [ladder.overflowed() for _ in range(OVERFLOWS + 2)] == [False] * OVERFLOWS + [True] * 2
+    ladder.went_back()
+    assert not ladder.overflowed()
+
+
+class Weights(nn.Module):
+    """Of one parameter; a guard's whole state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_gradients_that_overflow_at_every_scale_count_as_bad_steps(waits: bool, tmp_path: Path) -> None:
+    model = Weights()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    state: Any = SimpleNamespace(
+        root=model, optimizer=optimizer, scaler=object(), device=CPU, step=0, stream=SimpleNamespace()
+    )
+    told: list[dict[str, Any]] = []
+    config = GuardConfig(max_skips=3, max_rollbacks=0)
+    guard = Guard(config, state, tmp_path, peak_lr=0.1, tell=told.append, waits=waits)
+    batch = {"sample_id": torch.tensor([7]), "source": torch.tensor([0]), "epoch": 0}
+
+    def step(norm: float) -> None:
+        guard.passes(batch, torch.tensor(1.0), torch.tensor(norm))
+        state.step += 1
+        guard.settle()
+
+    for _ in range(OVERFLOWS):
+        step(math.inf)
+    step(1.0)
+    for _ in range(OVERFLOWS):
+        step(math.inf)
+    assert (told, guard.ladder.overflows) == ([], 2 * OVERFLOWS)
+    for _ in range(3):
+        step(math.inf)
+    assert "gradients overflow at any scale" in told[0]["text"]
+    with pytest.raises(UserError, match="the loss diverged at step"):
+        step(math.inf)
+    assert [json.loads(line)["sample_ids"] for line in guard.path.read_text().splitlines()] == [[7]] * 4
+    guard.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([5, 5, 9, 5], "rank 2 differs from the rest in b (1 of 2 entries differ)"),
+        ([5, 9, 8, 5, 5], "ranks 1, 2 differ from the rest in b (1 of 2 entries differ)"),
+        ([5, 9], "ranks 0, 1 differ in b (1 of 2 entries differ), and which of them is wrong cannot be told"),
+        (
+            [5, 5, 9, 9],
+            "ranks 0, 1, 2, 3 differ in b (1 of 2 entries differ), and which of them is wrong cannot be told",
+        ),
+    ],
+)
+def test_who_differs_is_named_where_most_agree_and_nobody_is_accused_else(
+    values: list[int], said: str
+) -> None:
+    assert str(Difference(["a", "b"], [[1, value] for value in values])) == said
 
 
 def watch(losses: list[float], norms: list[float] | None = None, **config: Any) -> list[int]:

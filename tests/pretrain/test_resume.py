@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -115,6 +116,59 @@ def test_a_run_takes_up_another_and_counts_on(what: str, file: Path, done: Path,
     (row,) = map(json.loads, (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
     assert row["step"] == 4
     assert row["forced"] == {"train.total_samples": [64, 96]}
+
+
+def test_a_checkpoint_that_was_copied_away_is_compared_too(file: Path, done: Path, tmp_path: Path) -> None:
+    newest = newest_checkpoint(done)
+    assert newest is not None
+    copied = Path(shutil.copytree(newest, tmp_path / "elsewhere"))
+    given = (SHORT, f"resume={copied}")
+    with pytest.raises(UserError, match=r"optim.lr was 0.002, now 0.5: .*resume.force=true"):
+        train(load(file, tmp_path / "run", *given, "optim.lr=0.5"))
+    assert train(load(file, tmp_path / "run", *given)).step == 4
+    (copied / "config.yaml").unlink()  # its manifest tells
+    with pytest.raises(UserError, match=r"config.yaml is missing; give another checkpoint"):
+        train(load(file, tmp_path / "other", *given))
+    facts = read_document(copied / "manifest.json")
+    del facts["sha256"], facts["schema"], facts["files"]["config.yaml"]  # as version 0.1.0 wrote it
+    (copied / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"has no config.yaml, so that settings cannot be compared"):
+        train(load(file, tmp_path / "other", *given))
+    forced = f"resume={{start: {copied}, force: true}}"
+    assert train(load(file, tmp_path / "other", SHORT, forced)).step == 4
+
+
+def test_a_run_folder_of_which_only_checkpoints_are_left_goes_on_in_its_group(
+    file: Path, tmp_path: Path
+) -> None:
+    out, offline = tmp_path / "run", "tracking.wandb=offline"
+    train(load(file, out, SHORT, offline))
+    group = (out / "wandb_group.txt").read_text()
+    shutil.move(out, tmp_path / "old")
+    out.mkdir()
+    shutil.copytree(tmp_path / "old" / "checkpoints", out / "checkpoints")
+    longer = f"train.total_samples={6 * BATCH}"
+    with pytest.raises(UserError, match=r"train.total_samples was 64, now 96"):
+        train(load(file, out, longer, offline))
+    assert train(load(file, out, longer, offline, "resume.force=true")).step == 6
+    assert (out / "wandb_group.txt").read_text() == group
+    train(load(file, tmp_path / "branch", SHORT, offline, f"resume={tmp_path / 'old'}"))
+    assert (tmp_path / "branch" / "wandb_group.txt").read_text() != group
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["project=a/b", "project=''", "entity='a:b'", "tags=['']", f"tags=[{'x' * 65}]", r'project="a\x1bb"'],
+)
+def test_names_that_weights_and_biases_refuses_are_refused_by_key(
+    setting: str, file: Path, tmp_path: Path
+) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"tracking.{key}.*: string should match pattern") as caught:
+        load(file, tmp_path, f"tracking.{setting}")
+    assert str(caught.value).isprintable()
+    with pytest.raises(UserError, match="holds a NUL character"):
+        load(file, tmp_path, r'out="a\0b"')
 
 
 def test_harmless_changes_are_told_and_others_refused_with_reasons(
