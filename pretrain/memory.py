@@ -11,7 +11,7 @@ import torch
 
 from ..configs.errors import UserError
 from .agree import launched
-from .config import TrainConfig
+from .config import PretrainConfig, TrainConfig
 
 __all__ = ["host_memory", "memory_told", "mends"]
 
@@ -29,7 +29,7 @@ def host_memory() -> float:
 
 
 @contextmanager
-def memory_told(config: TrainConfig) -> Generator[None]:
+def memory_told(config: PretrainConfig) -> Generator[None]:
     """Inside, an allocation that fails is a UserError with the numbers and what to change."""
     try:
         yield
@@ -41,11 +41,11 @@ def memory_told(config: TrainConfig) -> Generator[None]:
         processes = launched()
         rank = f" of rank {os.environ['RANK']}" if processes > 1 else ""
         if "DataLoader worker" in text:
-            what, mend = f"a data worker{rank} ran", "lower data.workers or data.prefetch"
+            what, settings = f"a data worker{rank} ran", _fewer_batches(config)
         else:
             what = f"the {'GPU' if on_gpu else 'host'}{rank} ran"
-            mend = " and ".join(mends(config, processes)[:2])
-            mend = f"set {mend}" if mend else "take a smaller model or train.global_batch_size"
+            settings = mends(config.train, processes)
+        mend = f"set {' and '.join(settings[:2])}"
         numbers = _gpu() if on_gpu else _host()
         told = UserError(f"{what} out of memory ({_asked(text)}{numbers}); {mend}")
         told.alone = True
@@ -53,13 +53,25 @@ def memory_told(config: TrainConfig) -> Generator[None]:
 
 
 def mends(config: TrainConfig, world_size: int) -> list[str]:
-    """Settings that need less memory and give the same gradient, what costs least first."""
+    """Settings that need less memory, two at least: first those that give the same gradient, what costs least
+    before, then those of another run."""
     share = -(-config.global_batch_size // world_size)
     micro = min(config.micro_batch_size or share, share)
     half = [f"train.micro_batch_size={micro // 2}"] if micro > 1 else []
     again = [] if config.grad_checkpointing else ["train.grad_checkpointing=true"]
     spread = ["train.parallel=fsdp"] if config.parallel == "ddp" and world_size > 1 else []
-    return [*half, *again, *spread]
+    return [*half, *again, *spread, *_in_a_new_run(config)]
+
+
+def _fewer_batches(config: PretrainConfig) -> list[str]:
+    """The same for data workers, which keep batches."""
+    data = config.data
+    fewer = [f"data.prefetch={data.prefetch // 2}"] if data.prefetch > 1 else []
+    return [*fewer, f"data.workers={data.workers // 2}", *_in_a_new_run(config.train)]
+
+
+def _in_a_new_run(config: TrainConfig) -> list[str]:
+    return [f"train.global_batch_size={config.global_batch_size // 2} in a new run", "a smaller model there"]
 
 
 def _asked(text: str) -> str:

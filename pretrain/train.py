@@ -69,7 +69,7 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
     record_flights(lock.folder)
     watch = Watch(config.watch, lock.folder)
     early = partial(stopped_early, lock)
-    with others_watched(), memory_told(config.train), watch, stop_on_signals(early) as stop:
+    with others_watched(), memory_told(config), watch, stop_on_signals(early) as stop:
         try:
             device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
             on_rank_0(lambda: begun(lock.take().folder))

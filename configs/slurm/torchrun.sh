@@ -22,7 +22,7 @@ if [[ ! -e $run/finished.json ]]; then
 fi
 
 if [[ -e $run/finished.json ]]; then
-    echo "$run is complete"
+    echo "$run is complete; to train it further, remove finished.json"
 elif [[ -e $run/stopped.json ]]; then
     echo "stopped: $(cat "$run/stopped.json")"
     exit 75

@@ -87,7 +87,7 @@ def test_a_slurm_job_queues_itself_again_until_the_run_is_complete(
     assert len(asked()) == 1
     (tmp_path / "pid").unlink()
     job = start("pretrain.sbatch", environment, run, config)
-    assert job.communicate(timeout=60)[0].endswith("is complete\n")
+    assert job.communicate(timeout=60)[0].endswith("is complete; to train it further, remove finished.json\n")
     assert job.returncode == 0
     assert not (tmp_path / "pid").exists()  # nothing was launched
 

@@ -9,31 +9,51 @@ import pytest
 import torch
 
 from diptych.configs.errors import UserError
-from diptych.pretrain.config import TrainConfig
+from diptych.data.config import DataConfig
+from diptych.pretrain.config import PretrainConfig, TrainConfig
 from diptych.pretrain.memory import host_memory, memory_told, mends
+from diptych.pretrain.model import ModelConfig
 
+from .states import TEXT, VISION
 from .train_runs import make_data, write_config
 
 BATCH = TrainConfig(global_batch_size=64, total_samples=64)
+MODEL = ModelConfig(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT)
+CONFIG = PretrainConfig(data=DataConfig(train="shards"), model=MODEL, train=BATCH)
 
 
 def test_a_failed_allocation_tells_numbers_and_two_settings() -> None:
-    with pytest.raises(UserError) as told, memory_told(BATCH):
+    with pytest.raises(UserError) as told, memory_told(CONFIG):
         torch.empty(1 << 50, dtype=torch.uint8)
     text = str(told.value)
     assert "the host ran out of memory (asked for 1.05e+06 GiB, free " in text
     assert text.endswith("set train.micro_batch_size=32 and train.grad_checkpointing=true")
 
 
+@pytest.mark.parametrize(
+    ("given", "mend"),
+    [
+        ({"workers": 6, "prefetch": 3}, "set data.prefetch=1 and data.workers=3"),
+        ({"workers": 2, "prefetch": 1}, "set data.workers=1 and train.global_batch_size=32 in a new run"),
+    ],
+)
+def test_a_data_worker_without_memory_tells_two_settings(given: dict[str, int], mend: str) -> None:
+    config = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update=given)})
+    with pytest.raises(UserError, match="a data worker ran out of memory") as told, memory_told(config):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0: not enough memory")
+    assert str(told.value).endswith(mend)
+
+
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shape"), memory_told(BATCH):
+    with pytest.raises(RuntimeError, match="shape"), memory_told(CONFIG):
         raise RuntimeError("shape")
 
 
 def test_mends_need_less_than_what_is_set() -> None:
     last = BATCH.model_copy(update={"micro_batch_size": 1, "grad_checkpointing": True})
-    assert mends(last, 1) == []
-    assert mends(last, 4) == ["train.parallel=fsdp"]
+    other = ["train.global_batch_size=32 in a new run", "a smaller model there"]
+    assert mends(last, 1) == other
+    assert mends(last, 4) == ["train.parallel=fsdp", *other]
     assert mends(BATCH, 4)[0] == "train.micro_batch_size=8"
 
 
@@ -67,4 +87,4 @@ def test_a_run_past_its_limit_ends_with_code_2(tmp_path: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "out of memory (asked for" in line
     assert "limited to" in line
-    assert "train.micro_batch_size=8" in line
+    assert line.endswith("set train.micro_batch_size=8 and train.grad_checkpointing=true")
