@@ -244,11 +244,12 @@ def overhead_table(results: Path) -> str:
     """What each guard of a run costs."""
     (row,) = newest("overhead", (), results)
     told = {
-        "guard": "steps that are not finite, spikes, replicas",
+        "guard": "steps that are not finite, spikes",
         "flags": "how saves stand, agreed on in every step",
         "stop": "signals",
         "metrics": "writing metrics",
         "watch": "watchdog, stragglers",
+        "replicas": "comparing the processes",
         "copying": "copying the state for a checkpoint",
         "writing": "writing, hashing and syncing it, beside the training",
     }

@@ -29,7 +29,7 @@ __all__ = [
     "write_config",
 ]
 
-# what may change between one start of a run and the next: what the result depends on by rounding at most
+# what may change between one start of a run and the next: what ordinary steps depend on by rounding at most
 FREE = (
     "name",
     "out",

@@ -49,7 +49,8 @@ class WatchConfig(StrictModel):
 
     timeout_s: float = Field(default=600.0, gt=0)
     """How long a process waits for the others in training before it gives up. All then end with one sentence
-    each, and a launcher that restarts them (torchrun --max-restarts) goes on from the newest checkpoint."""
+    each (under NCCL its own watchdog may be faster, with its own words), and a launcher that restarts them
+    (torchrun --max-restarts) goes on from the newest checkpoint."""
     startup_timeout_s: float = Field(default=1800.0, gt=0)
     """The same while a run starts, compiles, and makes its first step, and while rank 0 evaluates or a
     checkpoint is written."""
