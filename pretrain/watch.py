@@ -122,16 +122,20 @@ class Watch:
 
     def _look(self) -> None:
         every = min(LOOK_S, self.config.watchdog_s / 4)
-        seen, since, limit = -1, time.monotonic(), self.config.watchdog_s
+        seen, since, limit, number = -1, time.monotonic(), self.config.watchdog_s, 0
         while not self._ended.wait(every):
             step, now = self._step(), time.monotonic()
             if step != seen:
-                seen, since, limit = step, now, self.config.watchdog_s
+                seen, since, limit, number = step, now, self.config.watchdog_s, 0
             elif now - since >= limit:
-                self._report(max(step, 0), now - since)
+                number += 1
+                self._report(step, now - since, number)
                 limit = 2 * (now - since)
 
-    def _report(self, step: int, seconds: float) -> None:
+    def _report(self, step: int, seconds: float, number: int) -> None:
+        """Tell of a standstill, for the ``number``-th time after this step (-1: before there are steps)."""
+        here = f"{step}/{number}"
+        step = max(step, 0)
         frame = sys._current_frames().get(self._main)  # pyright: ignore[reportPrivateUsage] # no public way
         doing = doing_now(frame)
         what = f"{doing} ({self._shards_due()})" if doing == "waiting for data" else doing
@@ -140,8 +144,8 @@ class Watch:
             where = f"stacks are in {self.path}"
         except OSError as error:
             where = f"stacks could not be written ({error})"
-        others = self._ask(step, what) if distributed.world_size() > 1 else {}
-        here = f"rank {distributed.rank()}: " if others else ""
+        others = self._ask(here, what) if distributed.world_size() > 1 else {}
+        rank = f"rank {distributed.rank()}: " if others else ""
         culprits = [f"rank {rank} is {word}" for rank, word in others.items() if COLLECTIVE not in word]
         if others and COLLECTIVE in doing:
             if distributed.rank() > 0 and culprits:
@@ -149,7 +153,7 @@ class Watch:
             what += ", where it waits: " + (
                 ", ".join(culprits[:8]) or "all ranks have come there, see the network between them"
             )
-        log.warning("%sno step has ended for %.0f s after step %d: %s; %s", here, seconds, step, what, where)
+        log.warning("%sno step has ended for %.0f s after step %d: %s; %s", rank, seconds, step, what, where)
 
     def _write(self, title: str) -> None:
         if self._marked and not self._marker.is_file():
@@ -170,16 +174,17 @@ class Watch:
             "its batch comes from " + ", ".join(shards[:3]) + more if shards else "of which nobody knows more"
         )
 
-    def _ask(self, step: int, doing: str) -> dict[int, str]:
-        """What the other ranks do; they look at the same time, since all stand still if one does."""
+    def _ask(self, here: str, doing: str) -> dict[int, str]:
+        """What the other ranks do; they look at the same time, since all stand still if one does. ``here``:
+        which standstill and which report of it, so that no earlier answer counts."""
         others = [rank for rank in range(distributed.world_size()) if rank != distributed.rank()]
         told: dict[int, str] = {}
 
         def ask() -> None:
-            meeting.notice(_key(step, distributed.rank()), json.dumps(doing))
+            meeting.notice(_key(here, distributed.rank()), json.dumps(doing))
             self._ended.wait(ANSWER_S + min(LOOK_S, self.config.watchdog_s / 4))
             for rank in others:
-                text = meeting.noticed(_key(step, rank))
+                text = meeting.noticed(_key(here, rank))
                 told[rank] = json.loads(text) if text.startswith('"') else "not answering: see its host"
 
         asking = threading.Thread(target=ask, daemon=True)  # the store may be away, too
@@ -188,8 +193,8 @@ class Watch:
         return {rank: told.get(rank, "not answering, and neither is the launcher") for rank in others}
 
 
-def _key(step: int, rank: int) -> str:
-    return f"diptych/stands/{step}/{rank}"
+def _key(here: str, rank: int) -> str:
+    return f"diptych/stands/{here}/{rank}"
 
 
 def doing_now(frame: FrameType | None) -> str:
