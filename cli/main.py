@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -151,6 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             again = "the same command"
         if os.environ.get("RANK", "0") == "0":
             print(f"\ninterrupted; what was finished is kept, go on with: {again}", file=sys.stderr)
+        if any(thread.name == "checkpoint" for thread in threading.enumerate()):
+            # what torch does in a thread when the interpreter ends can abort the process
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     except BrokenPipeError:
         # the reader of our output is gone, as in `| head`: nothing to say, and nobody to say it to

@@ -2,11 +2,12 @@
 
 ``python -m diptych.pretrain.launch --nproc-per-node 2 -m diptych.pretrain CONFIG`` is torchrun's
 ``--standalone`` with the same arguments. torchrun itself answers Ctrl-C, and a mistake in a config that was
-told in one sentence, with a traceback of its own.
+told in one sentence, with a traceback of its own, and a hang-up also under nohup.
 """
 
 import logging
 import os
+import signal
 import sys
 
 __all__ = ["main"]
@@ -23,8 +24,10 @@ def main(arguments: list[str]) -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"] if ignored else []
     try:
-        torchrun(["--standalone", *arguments])
+        torchrun(["--standalone", *signals, *arguments])
     except SignalException:
         return 130
     except ChildFailedError as error:

@@ -1,5 +1,5 @@
 """A polite end: SIGTERM, SIGHUP, the launcher's end or the first SIGINT asks the loop to save and stop, a
-second SIGINT ends at once.
+second SIGINT ends at once, and so does a SIGTERM after one, which is what torchrun makes of a second.
 
 Python runs a signal's handler when the main thread comes back to Python, which a rank that waits for the
 others inside a collective does not. So a second thread listens, to whom the system's own handler writes
@@ -97,7 +97,7 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler, in the main thread."""
-        self._interrupts += number == signal.SIGINT
+        self._interrupts = _interrupts(self._interrupts, number)
         if self._interrupts > 1:
             self._open = False
             raise KeyboardInterrupt
@@ -119,8 +119,9 @@ class StopRequest:
                 return
             now = time.monotonic()
             numbers = [number for number in came if number in STOPPING]
-            if signal.SIGINT in numbers:
-                interrupts, last_interrupt = interrupts + numbers.count(signal.SIGINT), now
+            for number in numbers:
+                if (more := _interrupts(interrupts, number)) > interrupts:
+                    interrupts, last_interrupt = more, now
             if not self.asked and numbers:
                 self.reason = _reason(numbers[0])
             elif not self.asked and self._waiting_since is not None and now - self._waiting_since > LOOK_S:
@@ -130,13 +131,20 @@ class StopRequest:
                 self.tell()
             if self._open and self.asked and now - tried_at > LOOK_S:
                 tried_at = now
-                signal.pthread_kill(main, signal.SIGTERM)  # a system call returns, and the handler is run
+                signal.pthread_kill(main, LAUNCHER_ENDED)  # a system call returns, and the handler is run
             if several and interrupts > 1 and now - last_interrupt > PATIENCE_S:
                 os._exit(130)
             if several and self.starting and self._open and self.asked and now - asked_at > PATIENCE_S:
                 if self._leave is not None:
                     self._leave(self.reason)
                 os._exit(exit_code(self.reason))
+
+
+def _interrupts(before: int, number: int) -> int:
+    """How many times an end was asked for at a terminal, with this signal. Where LAUNCHER_ENDED is SIGTERM,
+    with which the listener also knocks, that says nothing."""
+    again = number == signal.SIGTERM != LAUNCHER_ENDED and before > 0
+    return before + (number == signal.SIGINT or again)
 
 
 def _reason(number: int) -> str:

@@ -21,6 +21,7 @@ STEPS = 600
 PORT = 29411
 # dropped patches are drawn by each rank, and a low rate keeps rounding from growing
 EXACT = ("model.vision_cfg.patch_dropout=0.0", "optim.lr=1e-4", f"train.total_samples={STEPS * 16}")
+RUN = ("watch.timeout_s=6", "checkpoint.every_steps=5")  # in the midst of epochs, which have three steps
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -79,7 +80,7 @@ class Hosts:
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={self.address['head']}:{PORT}", "--rdzv-id=test"),
             f"--rdzv-conf=is_host={name == 'head'},last_call_timeout=3,keep_alive_interval=1,read_timeout=10",
             f"--local-addr={self.address[name]}",
-            *("-m", "diptych.pretrain", str(self.config), f"out={self.out}", "watch.timeout_s=6", *EXACT),
+            *("-m", "diptych.pretrain", str(self.config), f"out={self.out}", *RUN, *EXACT),
         ]
         with self.log(name).open("a") as log:
             self.agents[name] = subprocess.Popen(

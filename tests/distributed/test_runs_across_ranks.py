@@ -1,16 +1,20 @@
 """Whole runs on real gloo processes: killed, resumed, and carried over to another number of processes."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
 
 from ..pretrain.train_runs import finish, launch, losses, make_data, rows, write_config
+
+EVERY_5 = "checkpoint.every_steps=5"  # an epoch has three steps, so that 5 and 10 are in the midst of one
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +24,33 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kill_after(step: int, config: Path, out: Path, processes: int, *overrides: str) -> None:
-    """SIGKILL to the launcher and every rank once a step is logged."""
-    process = launch(config, out, processes, *overrides, own_group=True)
-    metrics = out / "metrics.jsonl"
-    while not metrics.is_file() or f'"step": {step},' not in metrics.read_text():
+    """SIGKILL to the launcher and every rank once a step is logged and a checkpoint is there, which is of
+    the midst of an epoch."""
+    process = launch(config, out, processes, EVERY_5, *overrides)
+    metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
+    while (
+        not metrics.is_file()
+        or f'"step": {step},' not in metrics.read_text()
+        or not any(checkpoints.glob("step_*"))
+    ):
         assert process.poll() is None, process.communicate()[1][-2000:]
-    os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    # each rank leads a group of its own, and would save if it saw the launcher's end
+    for one in [agent := psutil.Process(process.pid), *agent.children(recursive=True)]:
+        one.kill()
     process.communicate()
+    assert not (out / "stopped.json").exists()
+    newest = newest_checkpoint(out)
+    assert newest is not None
+    assert json.loads((newest / "trainer.json").read_text())["stream"]["step"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_killed_ranks_go_on_bit_for_bit(processes: int, config: Path, tmp_path: Path) -> None:
-    finish(launch(config, tmp_path / "straight", processes))
-    kill_after(9, config, tmp_path / "killed", processes)
-    finish(launch(config, tmp_path / "killed", processes))
+    finish(launch(config, tmp_path / "straight", processes, EVERY_5))
+    kill_after(8, config, tmp_path / "killed", processes)
+    finish(launch(config, tmp_path / "killed", processes, EVERY_5))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     mine, other = (newest_checkpoint(tmp_path / name) for name in ("killed", "straight"))
     assert mine is not None
@@ -50,9 +66,12 @@ def test_a_run_goes_on_with_another_number_of_processes(config: Path, tmp_path: 
     exact = "model.vision_cfg.patch_dropout=0.0"  # dropped patches are drawn by each rank
     finish(launch(config, tmp_path / "straight", 1, exact))
     kill_after(7, config, tmp_path / "moved", 2, exact)
-    finish(launch(config, tmp_path / "moved", 3, exact))
+    finish(launch(config, tmp_path / "moved", 3, exact, EVERY_5))
     moved, straight = losses(tmp_path / "moved"), losses(tmp_path / "straight")
     assert [step for step, _ in moved] == [step for step, _ in straight]
+    # the schedule goes by samples seen, and knows of no processes
+    rates, expected = ([row["lr"] for row in rows(tmp_path / name)] for name in ("moved", "straight"))
+    assert rates == expected
     for (step, a), (_, b) in zip(moved, straight, strict=True):
         assert a == pytest.approx(b, rel=5e-4), step
 

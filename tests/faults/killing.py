@@ -61,10 +61,10 @@ def draw(rng: random.Random, name: str, *, rows: int = 10) -> Fault:
         return _at(name, rng.randint(2, rows), soon, call=f"{TRAIN}:forward_backward")
     if name == "save":  # the temporary folder has been made
         return _at(name, rng.randint(1, 2), rng.uniform(0, 0.06), event=r"^os\.mkdir .*\.tmp")
-    if name == "rename":
-        return _at(name, rng.randint(1, 2), now, event=r"^os\.rename .*\.tmp")
-    if name == "prune":  # in the midst of removing an old checkpoint
-        files = {"event": r"^os\.(remove|rmdir) ", "after": r"^shutil\.rmtree .*/checkpoints/"}
+    if name == "rename":  # of a checkpoint: a start renames other files, too
+        return _at(name, rng.randint(1, 2), now, event=r"^os\.rename .*/checkpoints/\.step_.*\.tmp")
+    if name == "prune":  # in the midst of removing an old checkpoint, not what an earlier kill left of one
+        files = {"event": r"^os\.(remove|rmdir) ", "after": r"^os\.rename .*/checkpoints/step_"}
         return _at(name, rng.randint(1, 6), 0.0, **files)
     if name == "evaluate":
         return _at(name, 1, now, call=f"{TRAIN}:quick_retrieval")
@@ -356,9 +356,13 @@ def trained(run: Path) -> list[dict[str, Any]]:
 
 
 def contents(checkpoint: Path) -> dict[str, str]:
-    """Hash of every file of a checkpoint but the manifest, which has them too."""
+    """Hash of every file of a checkpoint but the manifest, which has them too; the config's without ``out``,
+    where the run is."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {str(p.relative_to(checkpoint)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found = {str(p.relative_to(checkpoint)): p.read_bytes() for p in files}
+    if "config.yaml" in found:
+        found["config.yaml"] = re.sub(rb"(?m)^out: .*$", b"", found["config.yaml"])
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
