@@ -70,6 +70,6 @@ class Ladder:
         """Take back what ``state_dict`` gave."""
         self.skipped, self.rollbacks = int(state["skipped_steps"]), int(state["rollbacks"])
         self.spikes, self.overflows = int(state["spikes"]), int(state["overflows"])
-        self.in_a_row = int(state["overflows_in_a_row"])
+        self.in_a_row = int(state.get("overflows_in_a_row", 0))  # not in what earlier versions wrote
         self.recent = [int(step) for step in state["recent"]]
         self.told = [str(what) for what in state["told"]]

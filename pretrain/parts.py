@@ -173,28 +173,32 @@ class RunParts:
         self.quarantine.resume(self.state.step)
         self.guard.resume(self.state.step)
         self.guard.origin = Path(name) if name else None
-        self.tracker = on_rank_0(lambda: self._open_tracker(name))
         facts = {"config_sha256": config_hash(config)}
         texts = {"config.yaml": to_yaml(config)}
-        if self.tracker is not None and self.tracker.group:
-            texts[GROUP_NAME] = self.tracker.group + "\n"
         self.saver = Saver(self.folder, self.state, config.checkpoint, facts, texts)
         self.guard.wait_for_saves = self.saver.wait
+        self.tracker = on_rank_0(lambda: self._open_tracker(name))
+        if self.tracker is not None and self.tracker.group:
+            self.saver.texts[GROUP_NAME] = self.tracker.group + "\n"
 
     def _open_tracker(self, checkpoint: str) -> Tracker:
         """W&B's group is the run's; where its file is lost the checkpoint has it."""
         saved, own = Path(checkpoint, GROUP_NAME), self.folder / GROUP_NAME
         if self.folder in saved.parents and saved.is_file() and not own.exists():
-            atomic_write_bytes(own, saved.read_bytes())
+            with saved.open("rb") as file:
+                atomic_write_bytes(own, file.read(200))
         return Tracker(self.folder, self.config.tracking, self.config.model_dump(mode="json"))
 
     def _stored(self, checkpoint: str) -> Path:
-        """The config of the run that goes on: the folder's own, else the checkpoint's. Raises UserError,
-        unless forced, for a checkpoint without one: a difference would not be seen."""
+        """The config of the run that goes on: the folder's own, else the checkpoint's or, of an earlier
+        version, its run's. Raises UserError, unless forced, where there is none: a difference would not be
+        seen."""
         own = self.folder / "config.yaml"
         if own.is_file() or not checkpoint:
             return own
         stored = Path(checkpoint, "config.yaml")
+        if not stored.is_file() and stored.parent.parent.name == "checkpoints":
+            stored = Path(checkpoint).parent.parent / "config.yaml"
         if not stored.is_file() and not self.config.resume.force:
             raise UserError(
                 f"resume.start: {checkpoint} has no config.yaml, so that settings cannot be compared; put "
