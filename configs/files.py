@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -132,18 +132,18 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes left under temporary names in ``folder`` and below. Only for a run's
-    folder whose lock is held; a folder in it that has a lock of its own is another run's."""
-    for path, folders, files in os.walk(folder):
+def remove_temporaries(run: Path, below: Collection[str]) -> None:
+    """Delete what killed processes left under temporary names in a run's folder, and in those of its folders
+    that are called as in ``below``. Only for who holds the run's lock."""
+    for path, folders, files in os.walk(run):
         here = Path(path)
         for name in filter(TEMPORARY.fullmatch, files):
             (here / name).unlink(missing_ok=True)
-        for name in filter(TEMPORARY.fullmatch, folders):
+        for name in filter(TEMPORARY.fullmatch, list(folders)):
             shutil.rmtree(here / name, ignore_errors=True)
-        folders[:] = [
-            name for name in folders if not TEMPORARY.fullmatch(name) and not (here / name / "lock").exists()
-        ]
+            folders.remove(name)
+        # whatever else the user keeps there is not ours
+        folders[:] = [name for name in folders if name in below] if here == run else folders
 
 
 @contextmanager

@@ -40,6 +40,8 @@ __all__ = ["finetune", "run_folder"]
 
 Say = Callable[[str], None]
 log = logging.getLogger(__name__)
+FOLDERS = ("folds", "heads", "search", "training")
+"""Of a run; temporary files may be left in them."""
 TIMEOUT_S = 7 * 86400.0  # a process may wait for another's whole trainings; the launcher ends all if one ends
 
 
@@ -55,7 +57,7 @@ def finetune(config: FinetuneConfig, *, progress: Progress = silent, say: Say = 
     try:
         with others_watched():
             distributed.alone()
-            on_rank_0(lambda: remove_temporaries(lock.take().folder))
+            on_rank_0(lambda: remove_temporaries(lock.take().folder, FOLDERS))
             if distributed.rank() > 0:
                 progress, say = silent, log.debug
             return distributed.broadcast_json(_finetune(config, progress, say))

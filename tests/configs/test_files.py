@@ -95,27 +95,20 @@ def test_temporary_folders_of_dead_processes_are_removed_and_no_others(tmp_path:
         assert (tmp_path / names[0] / "array").read_text() == "half"
 
 
-def test_what_a_killed_run_left_under_temporary_names_goes_but_not_what_is_another_run_s(
-    tmp_path: Path,
-) -> None:
-    for folder in (tmp_path, tmp_path / "heads", tmp_path / "holdout"):
+def test_what_a_killed_run_left_under_temporary_names_goes_and_nothing_else(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "heads", tmp_path / "heads" / "late", tmp_path / "holdout"):
         folder.mkdir(exist_ok=True)
         temporary_name(folder / "file").touch()
         whole = temporary_name(folder / "folder")
         whole.mkdir()
         (whole / "deep").touch()
         (folder / ".x.tmp").touch()
-    (tmp_path / "holdout" / "lock").touch()
     os.symlink(tmp_path / "holdout", tmp_path / "link")
-    remove_temporaries(tmp_path)
+    remove_temporaries(tmp_path, ["heads"])
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert [name for name in left if not name.startswith("holdout")] == [
-        ".x.tmp",
-        "heads",
-        "heads/.x.tmp",
-        "link",
-    ]
-    assert len([name for name in left if name.startswith("holdout/")]) == 5
+    kept = [".x.tmp", "heads", "heads/.x.tmp", "heads/late", "heads/late/.x.tmp", "link"]
+    assert [name for name in left if not name.startswith("holdout")] == kept
+    assert len([name for name in left if name.startswith("holdout/")]) == 4
 
 
 def test_lines_of_a_run_wait_while_its_disk_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
