@@ -2,13 +2,17 @@
 
 import errno
 import fcntl
+import functools
+import hashlib
 import logging
 import os
 import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Collection, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -20,8 +24,8 @@ __all__ = [
     "atomic_write_bytes",
     "atomic_write_text",
     "cache_dir",
+    "fsync_files",
     "fsync_folder",
-    "fsync_lines",
     "remove_temporaries",
     "resolve_data_path",
     "temporary_beside",
@@ -29,7 +33,11 @@ __all__ = [
     "temporary_name",
 ]
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{6})[0-9a-f]{6}\.tmp")
+YOUNG_S = 2.0
+"""A file that was changed so recently may be one that is being written."""
+FORGOTTEN_S = 7 * 86400.0
+"""A temporary folder of another machine that has not changed for so long is not being written."""
 
 
 def cache_dir() -> Path:
@@ -70,12 +78,12 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def fsync_lines(run: Path) -> None:
-    """Make all ``Lines`` written so far in a run's folder durable."""
-    for path in run.glob("*.jsonl"):
-        with path.open("rb") as file:
+def fsync_files(folder: Path, names: Collection[str]) -> None:
+    """Make files of a folder durable, those that are there, and their names."""
+    for name in names:
+        with suppress(FileNotFoundError), (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-    fsync_folder(run)
+    fsync_folder(folder)
 
 
 class Lines:
@@ -129,16 +137,27 @@ class Lines:
 
 def temporary_name(path: Path) -> Path:
     """A new name beside ``path`` for what is to become it, which ``remove_temporaries`` knows."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    return path.with_name(f".{path.name}.{_machine()}{secrets.token_hex(3)}.tmp")
+
+
+@functools.cache
+def _machine() -> str:
+    """This boot of this machine, in six hexadecimal digits."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    text = boot.read_text() if boot.exists() else socket.gethostname()
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def remove_temporaries(run: Path, below: Collection[str]) -> None:
     """Delete what killed processes left under temporary names in a run's folder, and in those of its folders
-    that are called as in ``below``. Only for who holds the run's lock."""
+    that are called as in ``below``. Only for who holds the run's lock; a file that was written just now, as
+    a report is without the lock, stays."""
     for path, folders, files in os.walk(run):
         here = Path(path)
         for name in filter(TEMPORARY.fullmatch, files):
-            (here / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                if time.time() - (here / name).stat().st_mtime > YOUNG_S:
+                    (here / name).unlink()
         for name in filter(TEMPORARY.fullmatch, list(folders)):
             shutil.rmtree(here / name, ignore_errors=True)
             folders.remove(name)
@@ -150,17 +169,18 @@ def remove_temporaries(run: Path, below: Collection[str]) -> None:
 def temporary_folder(path: Path) -> Generator[Path]:
     """A new folder beside ``path`` for what is to become it; at the end it is removed, if it was not renamed.
 
-    First goes what processes that are no more left so: a folder is locked for as long as its process lives.
-    Where the file system has no such locks it stays. ``path``'s own folder is made if it is absent.
+    First goes what processes of this machine that are no more left so: a folder is locked for as long as its
+    process lives. On NFS other machines do not see that lock, so what they left goes after a week.
+    ``path``'s own folder is made if it is absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     with ExitStack() as stack:
         with _locked(path.parent, wait=True):  # so that nobody removes one that has no lock yet
             for old in path.parent.iterdir():
-                if TEMPORARY.fullmatch(old.name):
+                if named := TEMPORARY.fullmatch(old.name):
                     with _locked(old, wait=False) as left:
-                        if left:
+                        if left and (named[1] == _machine() or _forgotten(old)):
                             shutil.rmtree(old, ignore_errors=True)
             temporary.mkdir()
             stack.enter_context(_locked(temporary, wait=False))
@@ -168,6 +188,15 @@ def temporary_folder(path: Path) -> Generator[Path]:
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _forgotten(folder: Path) -> bool:
+    """Whether nothing in a folder has changed for a week."""
+    try:
+        changed = [path.stat().st_mtime for path in (folder, *folder.iterdir())]
+    except OSError:
+        return False
+    return time.time() - max(changed) > FORGOTTEN_S
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..configs.errors import UserError
 from ..configs.files import Lines
 from . import distributed
 from .agree import on_rank_0, together
-from .checkpoint import newest_checkpoint
+from .checkpoint import PARTS, newest_checkpoint, verify
 from .collapse import ALIKE, at_chance, feature_std, works
 from .guard_config import GuardConfig
 from .ladder import Ladder
@@ -83,8 +83,7 @@ class Guard:
         self._since_row, self._compared, self._ready = 0, state.step, -1
         self.wait_for_saves: Callable[[], None] = lambda: None
         """Called before a checkpoint is looked for, by all ranks."""
-        self.origin: Path | None = None
-        """The checkpoint that the run went on from, maybe another run's."""
+        self._origin, self._partial = "", False
         self.sound: Tensor | None = None
         """Where the host does not wait: whether the present step is applied, a bool [] on the device."""
         if self._waits:
@@ -206,13 +205,14 @@ class Guard:
         run, before = self._folder, bad[0] if bad else state.step
 
         def target() -> str:
-            return str(newest_checkpoint(run, before=before) or newest_checkpoint(run) or self.origin or "")
+            own = newest_checkpoint(run, before=before) or newest_checkpoint(run)
+            return str(own or self._first())
 
         name = distributed.broadcast_json(on_rank_0(target))
         if not name:
             raise UserError(self._end(last, "and there is no checkpoint to go back to"))
         with together():
-            step = int(state.go_back(Path(name))["step"])
+            step = int(state.go_back(Path(name), allow_partial=self._partial)["step"])
         self.ladder.went_back()
         passed = {"first_step": step + 1, "last_step": state.step}
         self._write({"step": state.step, "reason": "rollback", "checkpoint": Path(name).name, **passed})
@@ -222,6 +222,12 @@ class Guard:
             f"weights are those of step {step} again, the batches of steps {step + 1} to {state.step} are "
             f"passed over ({self.ladder.rollbacks} of {self.config.max_rollbacks} times)",
         )
+
+    def _first(self) -> str:
+        """The checkpoint that the run went on from, maybe another run's, if it is whole still, else ""."""
+        without = PARTS if self._partial else ()
+        whole = self._origin and verify(Path(self._origin), without=without) is None
+        return self._origin if whole else ""
 
     def _end(self, last: list[float], why: str) -> str:
         recent = self.ladder.recent
@@ -300,9 +306,11 @@ class Guard:
         """Close the list of bad steps."""
         self._lines.close()
 
-    def resume(self, step: int) -> None:
-        """Forget what came after ``step``; the run's folder is there."""
+    def resume(self, step: int, origin: str = "", *, partial: bool = False) -> None:
+        """Forget what came after ``step``; the run's folder is there. ``origin``: the checkpoint that the run
+        went on from, "" if it began, of which parts were allowed to be missing or not."""
         self._compared, self._lines = step, Lines(self.path)
+        self._origin, self._partial = origin, partial
         if distributed.rank() == 0:
             cut_metrics(self.path, step)
 

@@ -19,13 +19,15 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would do the same, at length
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"] if ignored else []
+    known = "--signals-to-handle" in get_args_parser().format_help()  # since torch 2.9
+    signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"] if ignored and known else []
     try:
         torchrun(["--standalone", *signals, *arguments])
     except SignalException:

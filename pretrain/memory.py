@@ -71,7 +71,9 @@ def _fewer_batches(config: PretrainConfig) -> list[str]:
 
 
 def _in_a_new_run(config: TrainConfig) -> list[str]:
-    return [f"train.global_batch_size={config.global_batch_size // 2} in a new run", "a smaller model there"]
+    half = config.global_batch_size // 2
+    fewer = [f"train.global_batch_size={half} in a new run"] if half > 1 else []
+    return [*fewer, "a smaller model in a new run"]
 
 
 def _asked(text: str) -> str:

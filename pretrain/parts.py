@@ -36,7 +36,7 @@ from .resume import start_from
 from .run import NONE, compare, config_hash, run_path, write_config
 from .saver import Saver, require_shared
 from .state import TrainState
-from .tracking import GROUP_NAME, Tracker, cut_metrics
+from .tracking import GROUP_BYTES, GROUP_NAME, Tracker, cut_metrics
 from .watch import Watch
 
 __all__ = ["RunParts", "Show"]
@@ -171,8 +171,7 @@ class RunParts:
                 goes_on(self.folder)
             cut_metrics(self.folder / "metrics.jsonl", self.state.step)
         self.quarantine.resume(self.state.step)
-        self.guard.resume(self.state.step)
-        self.guard.origin = Path(name) if name else None
+        self.guard.resume(self.state.step, name, partial=config.resume.allow_partial)
         facts = {"config_sha256": config_hash(config)}
         texts = {"config.yaml": to_yaml(config)}
         self.saver = Saver(self.folder, self.state, config.checkpoint, facts, texts)
@@ -186,7 +185,7 @@ class RunParts:
         saved, own = Path(checkpoint, GROUP_NAME), self.folder / GROUP_NAME
         if self.folder in saved.parents and saved.is_file() and not own.exists():
             with saved.open("rb") as file:
-                atomic_write_bytes(own, file.read(200))
+                atomic_write_bytes(own, file.read(GROUP_BYTES))
         return Tracker(self.folder, self.config.tracking, self.config.model_dump(mode="json"))
 
     def _stored(self, checkpoint: str) -> Path:

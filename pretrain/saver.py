@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.errors import UserError
-from ..configs.files import fsync_lines
+from ..configs.files import fsync_files
 from . import checkpoint, distributed
 from .agree import on_rank_0, together
 from .manifest import scan
@@ -30,6 +30,7 @@ from .state import TrainState
 __all__ = ["Saver", "require_shared"]
 
 LAST_PAUSES_S = (1.0, 3.0, 9.0, 27.0)  # before each attempt at the end of a run, if one has failed
+LINES = ("metrics.jsonl", "quarantine.jsonl", "bad_steps.jsonl")
 NOTABLE_S = 0.1  # a shorter wait is not worth a word
 
 
@@ -96,7 +97,9 @@ class _Save:
                 raise UserError(f"{path} was written by another process and is not seen by rank 0")
         if self.snapshot.combine is not None:
             files = files | self.snapshot.combine(self.temporary)
-        fsync_lines(self.temporary.parent.parent)  # whoever goes on from here needs the rows up to here
+        fsync_files(
+            self.temporary.parent.parent, LINES
+        )  # whoever goes on from here needs the rows up to here
         checkpoint.complete(self.temporary, self.final, self.facts, files)
         self.write_s = time.monotonic() - self.started
         return files

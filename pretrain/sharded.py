@@ -87,7 +87,7 @@ class SavedTensors:
         self._layout: dict[str, Any] = {}
         if (folder / LAYOUT_NAME).is_file():
             saved = read_document(folder / LAYOUT_NAME)
-            self.names = {}
+            self.names = {"optimizer": {}}
             with as_written(folder / LAYOUT_NAME, MEND):
                 self._layout = {key: _entry(entry) for key, entry in saved["tensors"].items()}
                 self._parts = [TensorFile(folder / part_name(r)) for r in range(int(saved["world_size"]))]
@@ -127,7 +127,8 @@ class SavedTensors:
         if "starts" not in entry:
             return self._parts[0].read(key, *(rows or ()))
         dim, starts = entry["dim"], entry["starts"]
-        assert rows is None or rows[0] == dim
+        if rows is not None and rows[0] != dim:
+            raise ValueError(f"{key} is cut along dimension {dim}")
         first, last = (0, starts[-1]) if rows is None else rows[1:]
         pieces = [
             file.read(key, dim, max(first, start) - start, min(last, stop) - start)
@@ -137,11 +138,15 @@ class SavedTensors:
         if not pieces:  # a process that holds no row of it
             shape = list(entry["shape"])
             shape[dim] = 0
-            return self._empty(key, shape)
-        return pieces[0] if len(pieces) == 1 else _joined(pieces, dim)
+            return self._like(key).new_empty(shape)
+        rest = [[*piece.shape[:dim], *piece.shape[dim + 1 :]] for piece in pieces]
+        if any(one != rest[0] for one in rest):
+            raise ValueError(f"the parts of {key} do not fit one another")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
-    def _empty(self, key: str, shape: list[int]) -> Tensor:
-        return next(f for f in self._parts if key in f.names).read(key).new_empty(shape)
+    def _like(self, key: str) -> Tensor:
+        """Some part of a tensor."""
+        return next(file for file in self._parts if key in file.names).read(key)
 
     def like(self, kind: str, name: str, own: Tensor | None) -> Tensor:
         """A tensor, sharded as ``own`` is if it has its shape; then only this process's rows are read."""
@@ -165,15 +170,17 @@ class SavedTensors:
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a layout says of a tensor, as numbers."""
-    out: dict[str, Any] = {"shape": [int(size) for size in entry["shape"]]}
+    """What a layout says of a tensor. Raises ValueError, or what wrong types lead to, for what cannot be."""
+    shape = [int(size) for size in entry["shape"]]
+    out: dict[str, Any] = {"shape": shape}
     if "starts" in entry:
-        out |= {"dim": int(entry["dim"]), "starts": [int(start) for start in entry["starts"]]}
+        dim, starts = int(entry["dim"]), [int(start) for start in entry["starts"]]
+        if dim < 0 or starts != sorted(starts) or starts[0] != 0 or starts[-1] != shape[dim]:
+            raise ValueError(f"parts from {starts[:9]} of {shape[:9]}")
+        out |= {"dim": dim, "starts": starts}
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape[:9]}")
     return out
-
-
-def _joined(pieces: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(pieces, dim)
 
 
 def write_model(folder: Path, what: Mapping[str, Spec], *, averaged: bool) -> dict[str, FileFacts]:

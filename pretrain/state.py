@@ -203,7 +203,7 @@ class TrainState:
             with as_written(folder / TRAINER_NAME, MEND):
                 self.ema.load_state_dict(trainer["ema"], averages)
         self.clip.load_state_dict(saved.all_like("weights", own))
-        if saved.names.get("optimizer"):
+        if "optimizer" in saved.names:
             self._load_optimizer(saved)
         if self.scaler is not None and trainer.get("scaler") is not None:
             with as_written(folder / TRAINER_NAME, MEND):
@@ -212,7 +212,7 @@ class TrainState:
 
     def _missing(self, trainer: Mapping[str, Any], saved: SavedTensors, folder: Path) -> Iterator[str]:
         """Names of the parts that this run has and the checkpoint has not."""
-        if not saved.names.get("optimizer"):
+        if "optimizer" not in saved.names:
             yield f"optimizer ({OPTIMIZER_NAME})"
         if not (folder / RNG_NAME).is_file():
             yield f"random states ({RNG_NAME})"
@@ -269,11 +269,13 @@ class TrainState:
             if name in found:
                 if set(found[name]) != kept[i]:
                     raise self._odd_optimizer(saved, name)
-                state[i] = {e: saved.like("optimizer", f"{name}/{e}", own[name]) for e in found[name]}
-                for entry, value in state[i].items():  # the fused kernel trusts shapes
-                    shape = () if entry == "step" else own[name].shape
-                    if value.shape != shape or not value.is_floating_point():
+                for entry in found[name]:  # the fused kernel trusts shapes
+                    shape = () if entry == "step" else tuple(own[name].shape)
+                    if saved.shape("optimizer", f"{name}/{entry}") != shape:
                         raise self._odd_optimizer(saved, f"{name}/{entry}")
+                state[i] = {e: saved.like("optimizer", f"{name}/{e}", own[name]) for e in found[name]}
+                if not all(value.is_floating_point() for value in state[i].values()):
+                    raise self._odd_optimizer(saved, name)
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )

@@ -45,6 +45,8 @@ class StopRequest:
         self.reason = ""
         self.starting = True
         """Whether the ranks have not yet agreed to begin a step; the loop ends it."""
+        self.saved = False
+        """Whether nothing is left to be saved; the loop says it."""
         self._key, self._leave = key, leave
         self._interrupts = 0
         self._open = True  # whether the handler may raise where the main thread is
@@ -93,11 +95,17 @@ class StopRequest:
         with suppress(ValueError):  # not the main thread's child
             signal.set_wakeup_fd(-1)
 
+    def _counted(self, before: int, number: int) -> int:
+        """How many times an end was asked for at a terminal, with this signal. SIGTERM says nothing where the
+        listener knocks with it, and when all is saved: a launcher ends those that are left with it."""
+        again = number == signal.SIGTERM != LAUNCHER_ENDED and before > 0 and not self.saved
+        return before + (number == signal.SIGINT or again)
+
     # -- signals ---------------------------------------------------------------------------------------
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler, in the main thread."""
-        self._interrupts = _interrupts(self._interrupts, number)
+        self._interrupts = self._counted(self._interrupts, number)
         if self._interrupts > 1:
             self._open = False
             raise KeyboardInterrupt
@@ -120,7 +128,7 @@ class StopRequest:
             now = time.monotonic()
             numbers = [number for number in came if number in STOPPING]
             for number in numbers:
-                if (more := _interrupts(interrupts, number)) > interrupts:
+                if (more := self._counted(interrupts, number)) > interrupts:
                     interrupts, last_interrupt = more, now
             if not self.asked and numbers:
                 self.reason = _reason(numbers[0])
@@ -138,13 +146,6 @@ class StopRequest:
                 if self._leave is not None:
                     self._leave(self.reason)
                 os._exit(exit_code(self.reason))
-
-
-def _interrupts(before: int, number: int) -> int:
-    """How many times an end was asked for at a terminal, with this signal. Where LAUNCHER_ENDED is SIGTERM,
-    with which the listener also knocks, that says nothing."""
-    again = number == signal.SIGTERM != LAUNCHER_ENDED and before > 0
-    return before + (number == signal.SIGINT or again)
 
 
 def _reason(number: int) -> str:

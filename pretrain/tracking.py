@@ -8,20 +8,30 @@ one id do not merge there: each start is a W&B run of its own, all in one group 
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import model_validator
 
 from ..configs.errors import UserError
 from ..configs.files import Lines, atomic_write_bytes, atomic_write_text
 from ..configs.load import StrictModel
 
-__all__ = ["GROUP_NAME", "Tracker", "TrackingConfig", "cut_metrics", "read_metrics", "track_evaluation"]
+__all__ = [
+    "GROUP_BYTES",
+    "GROUP_NAME",
+    "Tracker",
+    "TrackingConfig",
+    "cut_metrics",
+    "read_metrics",
+    "track_evaluation",
+]
 GROUP_NAME = "wandb_group.txt"
-_WORD = r"^[^\x00-\x1f\x7f/\\#?%:]{1,100}$"  # W&B's rule for projects
+GROUP_BYTES = 1024  # more than the file of any
+_NAME, _TAG = re.compile(r"[^\x00-\x1f\x7f/\\#?%:]{1,128}"), re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 
 
 class TrackingConfig(StrictModel):
@@ -29,9 +39,21 @@ class TrackingConfig(StrictModel):
 
     wandb: Literal["offline", "online", "off"] = "offline"
     """``offline`` writes into the run folder and sends nothing; ``online`` needs ``wandb login``."""
-    project: str = Field(default="diptych", pattern=_WORD)
-    entity: str | None = Field(default=None, pattern=_WORD)
-    tags: tuple[Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")], ...] = ()
+    project: str = "diptych"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _as_wandb_has_them(self) -> Self:
+        if self.wandb != "off":
+            for name, value in (("project", self.project), ("entity", self.entity or "none")):
+                if not _NAME.fullmatch(value):
+                    raise ValueError(
+                        f"{name} {value!r} is no name for W&B; give 1 to 128 letters, none of /\\#?%:"
+                    )
+            if odd := [tag for tag in self.tags if not _TAG.fullmatch(tag)]:
+                raise ValueError(f"tags: {odd[0]!r} is no tag for W&B; give 1 to 64 letters")
+        return self
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -120,8 +142,11 @@ def _name_of(folder: Path) -> str:
 def _group_of(folder: Path) -> str:
     """The run's group, kept in ``folder/wandb_group.txt``."""
     known = folder / GROUP_NAME
-    text = known.read_bytes()[:200].decode(errors="replace").strip() if known.is_file() else ""
-    if not text or len(text) > 120 or not text.isprintable():
+    text = ""
+    if known.is_file():
+        with known.open("rb") as file:
+            text = file.read(GROUP_BYTES).decode(errors="replace").strip()
+    if not text or not text.isprintable():
         text = f"{_name_of(folder)}-{secrets.token_hex(4)}"
         atomic_write_text(known, text + "\n")
     return text
@@ -139,7 +164,7 @@ def _start_wandb(
     try:
         run = wandb.init(
             project=config.project,
-            entity=config.entity,
+            entity=config.entity or None,
             group=group,
             job_type=kind,
             name=_name_of(folder),

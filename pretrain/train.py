@@ -161,6 +161,7 @@ class _Run(RunParts):
         self.watch.be_patient()
         self.guard.ready(to_save=True)
         self.saver.finish()
+        stop.saved = True
         return self._end(stop)
 
     def _enter_step(self) -> float:

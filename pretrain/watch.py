@@ -158,7 +158,7 @@ class Watch:
     def _write(self, title: str) -> None:
         if self._marked and not self._marker.is_file():
             raise OSError("the run is not there; has its disk been unmounted?")
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=not self._marked, exist_ok=True)
         anew = self.path.exists() and self.path.stat().st_size > STACKS_BYTES
         with self.path.open("w" if anew else "a", encoding="utf-8") as file:
             print(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}", file=file, flush=True)

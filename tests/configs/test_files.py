@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -103,12 +104,32 @@ def test_what_a_killed_run_left_under_temporary_names_goes_and_nothing_else(tmp_
         whole.mkdir()
         (whole / "deep").touch()
         (folder / ".x.tmp").touch()
+        for path in folder.iterdir():
+            os.utime(path, (1, 1))
+        temporary_name(folder / "young").touch()
     os.symlink(tmp_path / "holdout", tmp_path / "link")
     remove_temporaries(tmp_path, ["heads"])
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    kept = [".x.tmp", "heads", "heads/.x.tmp", "heads/late", "heads/late/.x.tmp", "link"]
-    assert [name for name in left if not name.startswith("holdout")] == kept
-    assert len([name for name in left if name.startswith("holdout/")]) == 4
+    assert len([name for name in left if name.startswith("holdout/")]) == 5
+    kept = [name for name in left if not name.startswith("holdout") and "young" not in name]
+    assert kept == [".x.tmp", "heads", "heads/.x.tmp", "heads/late", "heads/late/.x.tmp", "link"]
+    assert (
+        len([name for name in left if "young" in name]) == 4
+    )  # a report that is being written, for instance
+
+
+def test_temporary_folders_of_another_machine_are_left_for_a_week(tmp_path: Path) -> None:
+    """Its locks are not seen here on NFS."""
+    there = tmp_path / f".entry.{'0' * 12}.tmp"
+    there.mkdir()
+    (there / "array").touch()
+    for at, age in ((there, 8), (there / "array", 6)):
+        os.utime(at, (time.time() - age * 86400,) * 2)
+    with temporary_folder(tmp_path / "other"):
+        assert there.exists()
+    os.utime(there / "array", (1, 1))
+    with temporary_folder(tmp_path / "other"):
+        assert not there.exists()
 
 
 def test_lines_of_a_run_wait_while_its_disk_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,6 +53,15 @@ def test_processes_that_share_a_cache_download_each_file_once(proxy: Proxy, fold
     assert (len(proxy.gets("idx")), len(proxy.gets("tar"))) == (6, 6)
 
 
+_meeting: list[Any] = []
+
+
+def read_all_at_once(shards: ShardSet, seed: int) -> list[Any]:
+    """As ``read_all``, beginning with the other processes: one of them alone needs no file twice."""
+    _meeting[0].wait(60)
+    return read_all(shards, seed)
+
+
 def test_processes_read_on_from_a_cache_that_holds_less_than_they_use(
     proxy: Proxy, folder: Path, tmp_path: Path
 ) -> None:
@@ -70,8 +79,10 @@ def test_processes_read_on_from_a_cache_that_holds_less_than_they_use(
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
-            for got in pool.map(read_all, [shards] * 4, range(4)):
+        forked = multiprocessing.get_context("fork")
+        meeting = (forked.Barrier(4),)
+        with ProcessPoolExecutor(4, forked, initializer=_meeting.append, initargs=meeting) as pool:
+            for got in pool.map(read_all_at_once, [shards] * 4, range(4)):
                 assert got == all_of(open_shards(folder))
     finally:
         done.set()

@@ -17,9 +17,9 @@ from ..pretrain.train_runs import finish, launch, losses, make_data, write_confi
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
-    # an epoch has three steps, so that 5 and 10 are in the midst of one
+    # an epoch has three steps, so that 7 and 14 are in the midst of one
     return write_config(
-        folder / "run.yaml", make_data(folder / "data"), checkpoint={"every_steps": 5, "keep": 9}
+        folder / "run.yaml", make_data(folder / "data"), checkpoint={"every_steps": 7, "keep": 9}
     )
 
 
@@ -50,7 +50,7 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on_bit_for_bit(config: Path,
     finish(launch(config, tmp_path / "straight", 2))
     agent = launch(config, tmp_path / "run", 2, launcher=torchrun("1:2", 2), own_group=True)
     try:
-        wait_for(8, tmp_path / "run", agent)
+        wait_for(9, tmp_path / "run", agent)
         rank_of(agent, 1).send_signal(signal.SIGKILL)
         _, err = agent.communicate(timeout=250)
     finally:
@@ -60,7 +60,7 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on_bit_for_bit(config: Path,
     told = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
     assert "another process of this run has ended" in told[0]
-    after = re.search(r"goes on after step (5|10)\b", err)  # 10 where this process had to wait
+    after = re.search(r"goes on after step (7|14)\b", err)  # 14 where this process had to wait
     assert after is not None, err[-3000:]
     trainer = tmp_path / "run" / "checkpoints" / f"step_{int(after[1]):08d}" / "trainer.json"
     assert json.loads(trainer.read_text())["stream"]["step"] > 0

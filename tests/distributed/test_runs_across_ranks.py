@@ -14,7 +14,7 @@ from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
 
 from ..pretrain.train_runs import finish, launch, losses, make_data, rows, write_config
 
-EVERY_5 = "checkpoint.every_steps=5"  # an epoch has three steps, so that 5 and 10 are in the midst of one
+EVERY_7 = "checkpoint.every_steps=7"  # an epoch has three steps, so that 7 and 14 are in the midst of one
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kill_after(step: int, config: Path, out: Path, processes: int, *overrides: str) -> None:
     """SIGKILL to the launcher and every rank once a step is logged and a checkpoint is there, which is of
     the midst of an epoch."""
-    process = launch(config, out, processes, EVERY_5, *overrides)
+    process = launch(config, out, processes, EVERY_7, *overrides)
     metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
     while (
         not metrics.is_file()
@@ -36,7 +36,8 @@ def kill_after(step: int, config: Path, out: Path, processes: int, *overrides: s
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.01)
     # each rank leads a group of its own, and would save if it saw the launcher's end
-    for one in [agent := psutil.Process(process.pid), *agent.children(recursive=True)]:
+    agent = psutil.Process(process.pid)
+    for one in [*agent.children(recursive=True), agent]:
         one.kill()
     process.communicate()
     assert not (out / "stopped.json").exists()
@@ -48,9 +49,9 @@ def kill_after(step: int, config: Path, out: Path, processes: int, *overrides: s
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_killed_ranks_go_on_bit_for_bit(processes: int, config: Path, tmp_path: Path) -> None:
-    finish(launch(config, tmp_path / "straight", processes, EVERY_5))
+    finish(launch(config, tmp_path / "straight", processes, EVERY_7))
     kill_after(8, config, tmp_path / "killed", processes)
-    finish(launch(config, tmp_path / "killed", processes, EVERY_5))
+    finish(launch(config, tmp_path / "killed", processes, EVERY_7))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     mine, other = (newest_checkpoint(tmp_path / name) for name in ("killed", "straight"))
     assert mine is not None
@@ -66,7 +67,7 @@ def test_a_run_goes_on_with_another_number_of_processes(config: Path, tmp_path: 
     exact = "model.vision_cfg.patch_dropout=0.0"  # dropped patches are drawn by each rank
     finish(launch(config, tmp_path / "straight", 1, exact))
     kill_after(7, config, tmp_path / "moved", 2, exact)
-    finish(launch(config, tmp_path / "moved", 3, exact, EVERY_5))
+    finish(launch(config, tmp_path / "moved", 3, exact, EVERY_7))
     moved, straight = losses(tmp_path / "moved"), losses(tmp_path / "straight")
     assert [step for step, _ in moved] == [step for step, _ in straight]
     # the schedule goes by samples seen, and knows of no processes

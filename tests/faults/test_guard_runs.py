@@ -102,6 +102,25 @@ def test_a_run_that_took_up_another_goes_back_to_where_it_began(
     assert bad_steps(tmp_path / "run")[-1].items() >= {"checkpoint": "step_00000004", "first_step": 5}.items()
 
 
+def test_where_a_run_began_is_not_gone_back_to_if_it_is_damaged_by_then(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "first"
+    train(load(config, first, *LADDER, "train.total_samples=64"))
+    (newest,) = (first / "checkpoints").iterdir()
+    file = newest / "train_model.safetensors"
+
+    def hit(run: _Run, step: int) -> None:
+        if step == 6:
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+            break_weights(6)(run, step)
+
+    before_step(monkeypatch, hit)
+    start = f"resume={{start: {first}, force: true}}"
+    with pytest.raises(UserError, match="there is no checkpoint to go back to"):
+        train(load(config, tmp_path / "run", *LADDER, start, "checkpoint.every_steps=50"))
+
+
 def test_weights_that_broke_are_the_checkpoints_again_and_the_data_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

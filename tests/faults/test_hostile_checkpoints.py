@@ -214,6 +214,58 @@ def test_a_layout_of_somebody_else_is_taken_or_one_sentence(parts: Path) -> None
     assert refused > 60
 
 
+PARTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "other dimensions": lambda all_: all_.update({KEY: torch.zeros(3)}),
+    "other columns": lambda all_: all_.update({KEY: all_[KEY][:, :1].contiguous()}),
+    "fewer rows": lambda all_: all_.update({KEY: all_[KEY][:1]}),
+    "nothing": lambda all_: all_.pop(KEY),
+}
+KEY = "optimizer/visual.conv1.weight/exp_avg"
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_parts_that_do_not_fit_their_layout_are_one_sentence(what: str, parts: Path) -> None:
+    rewritten(parts, "part_00001.safetensors", PARTS[what])
+    with pytest.raises(UserError) as caught:
+        make_state(1).load(parts)
+    assert str(parts) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [32, -1, 16, 16]},
+        {"dim": 4},
+        {"dim": -1},
+        {"starts": []},
+        {"starts": [0, 40, 32]},
+        {"starts": [0, 0]},
+        {"starts": [0, 16, 10**12], "shape": [10**12, 3, 16, 16]},
+    ],
+)
+def test_a_layout_that_cannot_be_is_one_sentence(entry: dict[str, Any], parts: Path) -> None:
+    document = json.loads((parts / "layout.json").read_text())
+    document["tensors"][KEY] |= entry
+    (parts / "layout.json").write_text(json.dumps(document))
+    with pytest.raises(UserError) as caught:
+        make_state(1).load(parts)
+    assert str(parts) in str(caught.value)
+
+
+def test_a_checkpoint_from_before_the_first_update_is_whole(tmp_path: Path) -> None:
+    """Every step so far was left out: the optimizer has no state yet."""
+    state = make_state()
+    state.step = 2
+    Saver(tmp_path, state, CheckpointConfig(asynchronous=False)).save()
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    other = make_state(1)
+    other.load(folder)
+    assert other.step == 2
+    assert int(other.go_back(folder)["step"]) == 2
+    step(other)  # and goes on
+
+
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng.safetensors"])
 def test_a_missing_part_is_passed_over_or_done_without(
     name: str, run: Path, caplog: pytest.LogCaptureFixture

@@ -51,10 +51,17 @@ def test_other_errors_pass() -> None:
 
 def test_mends_need_less_than_what_is_set() -> None:
     last = BATCH.model_copy(update={"micro_batch_size": 1, "grad_checkpointing": True})
-    other = ["train.global_batch_size=32 in a new run", "a smaller model there"]
+    other = ["train.global_batch_size=32 in a new run", "a smaller model in a new run"]
     assert mends(last, 1) == other
     assert mends(last, 4) == ["train.parallel=fsdp", *other]
     assert mends(BATCH, 4)[0] == "train.micro_batch_size=8"
+
+
+def test_no_mend_is_refused() -> None:
+    least = BATCH.model_copy(
+        update={"global_batch_size": 2, "micro_batch_size": 1, "grad_checkpointing": True}
+    )
+    assert mends(least, 1) == ["a smaller model in a new run"]
 
 
 def test_memory_is_that_of_this_process() -> None:
