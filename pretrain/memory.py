@@ -41,7 +41,7 @@ def memory_told(config: PretrainConfig) -> Generator[None]:
         processes = launched()
         rank = f" of rank {os.environ['RANK']}" if processes > 1 else ""
         if "DataLoader worker" in text:
-            what, settings = f"a data worker{rank} ran", _fewer_batches(config)
+            what, settings = f"a data worker{rank} ran", _fewer_batches(config, processes)
         else:
             what = f"the {'GPU' if on_gpu else 'host'}{rank} ran"
             settings = mends(config.train, processes)
@@ -60,19 +60,19 @@ def mends(config: TrainConfig, world_size: int) -> list[str]:
     half = [f"train.micro_batch_size={micro // 2}"] if micro > 1 else []
     again = [] if config.grad_checkpointing else ["train.grad_checkpointing=true"]
     spread = ["train.parallel=fsdp"] if config.parallel == "ddp" and world_size > 1 else []
-    return [*half, *again, *spread, *_in_a_new_run(config)]
+    return [*half, *again, *spread, *_in_a_new_run(config, world_size)]
 
 
-def _fewer_batches(config: PretrainConfig) -> list[str]:
+def _fewer_batches(config: PretrainConfig, world_size: int) -> list[str]:
     """The same for data workers, which keep batches."""
     data = config.data
     fewer = [f"data.prefetch={data.prefetch // 2}"] if data.prefetch > 1 else []
-    return [*fewer, f"data.workers={data.workers // 2}", *_in_a_new_run(config.train)]
+    return [*fewer, f"data.workers={data.workers // 2}", *_in_a_new_run(config.train, world_size)]
 
 
-def _in_a_new_run(config: TrainConfig) -> list[str]:
+def _in_a_new_run(config: TrainConfig, world_size: int) -> list[str]:
     half = config.global_batch_size // 2
-    fewer = [f"train.global_batch_size={half} in a new run"] if half > 1 else []
+    fewer = [f"train.global_batch_size={half} in a new run"] if half >= max(2, world_size) else []
     return [*fewer, "a smaller model in a new run"]
 
 

@@ -30,7 +30,7 @@ from .state import TrainState
 __all__ = ["Saver", "require_shared"]
 
 LAST_PAUSES_S = (1.0, 3.0, 9.0, 27.0)  # before each attempt at the end of a run, if one has failed
-LINES = ("metrics.jsonl", "quarantine.jsonl", "bad_steps.jsonl")
+LINES = ("metrics.jsonl", "quarantine.jsonl", "bad_steps.jsonl", "changes.jsonl")
 NOTABLE_S = 0.1  # a shorter wait is not worth a word
 
 

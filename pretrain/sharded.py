@@ -146,7 +146,10 @@ class SavedTensors:
 
     def _like(self, key: str) -> Tensor:
         """Some part of a tensor."""
-        return next(file for file in self._parts if key in file.names).read(key)
+        found = next((file for file in self._parts if key in file.names), None)
+        if found is None:
+            raise ValueError(f"no part holds {key}")
+        return found.read(key)
 
     def like(self, kind: str, name: str, own: Tensor | None) -> Tensor:
         """A tensor, sharded as ``own`` is if it has its shape; then only this process's rows are read."""

@@ -205,6 +205,9 @@ class TrainState:
         self.clip.load_state_dict(saved.all_like("weights", own))
         if "optimizer" in saved.names:
             self._load_optimizer(saved)
+        else:  # it begins anew
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": {}, "param_groups": groups})
         if self.scaler is not None and trainer.get("scaler") is not None:
             with as_written(folder / TRAINER_NAME, MEND):
                 self.scaler.load_state_dict(trainer["scaler"])

@@ -82,6 +82,7 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
         except (Stopped, RuntimeError):  # the latter where another rank was told, and has left
             if not (stop.starting and stop.heard()):
                 raise
+            stop.saved = True
             stop.tell()
             if distributed.rank() == 0:  # in whose process the store may be
                 time.sleep(2 * LOOK_S)

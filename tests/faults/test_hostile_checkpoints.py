@@ -266,6 +266,18 @@ def test_a_checkpoint_from_before_the_first_update_is_whole(tmp_path: Path) -> N
     step(other)  # and goes on
 
 
+def test_an_optimizer_that_is_missing_begins_anew_also_where_a_run_goes_back(run: Path) -> None:
+    (newest(run) / "optimizer.safetensors").unlink()
+    state = make_state(1)
+    step(state)
+    assert state.optimizer.state
+    with pytest.raises(UserError, match="lacks optimizer"):
+        state.go_back(newest(run))
+    state.go_back(newest(run), allow_partial=True)
+    assert not state.optimizer.state
+    step(state)
+
+
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng.safetensors"])
 def test_a_missing_part_is_passed_over_or_done_without(
     name: str, run: Path, caplog: pytest.LogCaptureFixture

@@ -62,6 +62,8 @@ def test_no_mend_is_refused() -> None:
         update={"global_batch_size": 2, "micro_batch_size": 1, "grad_checkpointing": True}
     )
     assert mends(least, 1) == ["a smaller model in a new run"]
+    four = least.model_copy(update={"global_batch_size": 4, "parallel": "fsdp"})
+    assert mends(four, 4) == ["a smaller model in a new run"]  # each process needs a sample
 
 
 def test_memory_is_that_of_this_process() -> None:
