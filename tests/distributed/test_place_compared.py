@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from diptych.configs.errors import UserError
-from diptych.configs.load import load_config
-from diptych.pretrain import distributed
-from diptych.pretrain.config import PretrainConfig
-from diptych.pretrain.train import _Run, train
+from diptych.pretrain.train import _Run
+
+from .test_replicas_across_ranks import end_of_run
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +30,7 @@ def strayed_run(rank: int, world: int, config: str, out: str, options: list[str]
             self.stream.place = epoch, step + 1
         return enter(self)
 
-    _Run._enter_step = entering
-    distributed.teardown = lambda: None  # the group is the test's
-    try:
-        train(load_config(PretrainConfig, Path(config), [f"out={out}", *options]))
-    except UserError as error:
-        return str(error)
-    return ""
+    return end_of_run(entering, config, out, options)
 
 
 @pytest.mark.parametrize(

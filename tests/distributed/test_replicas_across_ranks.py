@@ -1,5 +1,6 @@
 """One bit of one tensor on one process: found, named, and nothing of it saved."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def places(rank: int, world: int) -> str:
     return str(compare({"place": fingerprint_json({"step": 4 + rank})}))
 
 
+def end_of_run(entering: Callable[[_Run], float], config: str, out: str, options: list[str]) -> str:
+    """The message that a run ends with whose steps begin with ``entering``."""
+    _Run._enter_step = entering
+    distributed.teardown = lambda: None  # the group is the test's
+    try:
+        train(load_config(PretrainConfig, Path(config), [f"out={out}", *options]))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def broken_run(rank: int, world: int, config: str, out: str, what: str, options: list[str]) -> str:
     """A run in which one bit flips before step 4 on rank 1; the message that it ends with."""
     enter = _Run._enter_step
@@ -69,13 +81,7 @@ def broken_run(rank: int, world: int, config: str, out: str, what: str, options:
             flip(next(value for name, value in state.items() if name.startswith(what)))
         return enter(self)
 
-    _Run._enter_step = entering
-    distributed.teardown = lambda: None  # the group is the test's
-    try:
-        train(load_config(PretrainConfig, Path(config), [f"out={out}", *options]))
-    except UserError as error:
-        return str(error)
-    return ""
+    return end_of_run(entering, config, out, options)
 
 
 @pytest.fixture(scope="module")
