@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from ..configs.errors import UserError
+from ..configs.leave import leave
 
 __all__ = ["COMMANDS", "build_parser", "main", "parse_line"]
 
@@ -153,10 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"\ninterrupted; what was finished is kept, go on with: {again}", file=sys.stderr)
         if any(thread.name == "checkpoint" for thread in threading.enumerate()):
-            # what torch does in a thread when the interpreter ends can abort the process
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(130)
+            leave(130)
         return 130
     except BrokenPipeError:
         # the reader of our output is gone, as in `| head`: nothing to say, and nobody to say it to

@@ -7,5 +7,7 @@ It is ``diptych finetune`` by another name; the command line is looked up when i
 import sys
 from importlib import import_module
 
+from ..configs.leave import leave
+
 if __name__ == "__main__":
-    sys.exit(import_module("diptych.cli.main").main(["finetune", *sys.argv[1:]]))
+    leave(import_module("diptych.cli.main").main(["finetune", *sys.argv[1:]]))

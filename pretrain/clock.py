@@ -1,7 +1,7 @@
 """Speed of a run between two logs, without the time for evaluating and saving, and who is slow in it."""
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +30,9 @@ class Clock:
         device: str | torch.device = "cpu",
         costs: Costs | None = None,
         precision: str = "fp32",
-        on_pause: Callable[[], None] = lambda: None,
     ) -> None:
         """``samples_seen``: global samples before the first step. ``costs`` adds rates of arithmetic to the
-        rows; ``precision`` (fp32, bf16 or fp16) says which of the device's peaks they are held against.
-        ``on_pause`` is called at the beginning of every pause."""
-        self._on_pause = on_pause
+        rows; ``precision`` (fp32, bf16 or fp16) says which of the device's peaks they are held against."""
         self.device, self.costs = torch.device(device), costs
         self.peak = peak_flops(self.device, DTYPES[precision]) if costs is not None else None
         self._reset(samples_seen)
@@ -51,7 +48,6 @@ class Clock:
     @contextmanager
     def paused(self) -> Generator[None]:
         """Time inside is not counted."""
-        self._on_pause()
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start

@@ -153,6 +153,11 @@ class Saver:
         """Whether a checkpoint is to be written after this step."""
         return step % self.config.every_steps == 0 or self._retry
 
+    @property
+    def waits(self) -> bool:
+        """Whether ``save`` will wait until something is written, the same on every rank."""
+        return self._now is not None or not self.config.asynchronous
+
     def scored(self, scores: Mapping[str, float]) -> None:
         """What the held-out shards gave at this step; rank 0 alone knows."""
         self._scores = (self.state.step, dict(scores))

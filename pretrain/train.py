@@ -102,13 +102,7 @@ class _Run(RunParts):
             self.show.start(self._facts())
         self.saver.tell = partial(self.log, "checkpoint")
         precision = config.train.precision
-        clock = Clock(
-            state.samples_seen,
-            device=self.device,
-            costs=self.costs,
-            precision=precision,
-            on_pause=self.watch.be_patient,
-        )
+        clock = Clock(state.samples_seen, device=self.device, costs=self.costs, precision=precision)
         self.model.train()
         stop.closed()
         self.stream.while_waiting = stop.look
@@ -154,13 +148,16 @@ class _Run(RunParts):
             if self._validation_due():
                 with clock.paused():
                     self.guard.ready(to_save=False)
+                    self.watch.be_patient()
                     self._validate(stop)
             if self.saver.due(state.step):
                 with clock.paused():
                     self.guard.ready(to_save=True)
+                    if self.saver.waits:
+                        self.watch.be_patient()
                     self.saver.save()
-        self.watch.be_patient()
         self.guard.ready(to_save=True)
+        self.watch.be_patient()
         self.saver.finish()
         stop.saved = True
         return self._end(stop)

@@ -52,8 +52,8 @@ class WatchConfig(StrictModel):
     each (under NCCL its own watchdog may be faster, with its own words), and a launcher that restarts them
     (torchrun --max-restarts) goes on from the newest checkpoint."""
     startup_timeout_s: float = Field(default=1800.0, gt=0)
-    """The same while a run starts, compiles, and makes its first step, and while rank 0 evaluates or a
-    checkpoint is written."""
+    """The same while a run starts, compiles, and makes its first step, while rank 0 evaluates, and where
+    training waits for a checkpoint to be written."""
     watchdog_s: float = Field(default=300.0, gt=0)
     """If no step ends for so long, what every process is doing goes into ``stacks/rank_00000.txt`` of the run
     folder, and one line into the log; nothing is ended. Again after twice the time, and so on."""
