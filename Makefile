@@ -38,7 +38,7 @@ test: lint ## lint, types and the fast tests
 
 .PHONY: test-slow
 test-slow: install ## the long tests: kill and resume, real corpus, the demo in small
-	@echo "==> slow tests (some 10 minutes on 2 cores)"
+	@echo "==> slow tests (some 20 minutes on 2 cores)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(JOBS) --dist loadfile
 
 .PHONY: lint
