@@ -243,12 +243,14 @@ def main() -> None:
     before = set(os.listdir("/dev/shm"))
     with Forker() as forker:
         soak = Soak(forker, work, steps, kills, options.seed)
+        known = len(soak.starts())
         try:
             samples = soak.undisturbed()
             soak.go()
         except KeyboardInterrupt:
             raise SystemExit("\nstopped; the same command goes on from here") from None
         row = figures(soak, samples, before)
+        anew = len(soak.starts()) > known
     row = {
         "quick": options.quick,
         "seed": options.seed,
@@ -261,7 +263,10 @@ def main() -> None:
     judge("left over", len(row["left_over"]), 0, below=True)
     judge("left in /dev/shm", len(row["shm_files_left"]), 0, below=True)
     judge("growth of memory", row["memory_growth"], GROWTH, below=True)
-    append_row("soak", row, options.results)
+    if anew:
+        append_row("soak", row, options.results)
+    else:
+        print(f"this soak had ended before, and no row is added; remove {work} to run it anew")
     if row["differences"] or row["left_over"]:
         raise SystemExit(1)
 

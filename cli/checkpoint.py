@@ -106,8 +106,9 @@ def _best(found: list[Any], metric: str) -> Any:
     """The checkpoint that ``checkpoint.keep_best`` with this metric would keep; None where there is none."""
     from ..pretrain.retention import METRICS, KeepBest, best_of
 
-    known = metric in METRICS
-    return next(iter(best_of(found, KeepBest.model_validate({"metric": metric}))), None) if known else None
+    if metric not in METRICS:
+        return None
+    return next(iter(best_of(found, KeepBest.model_validate({"metric": metric}))), None)
 
 
 def verify(args: argparse.Namespace) -> int:

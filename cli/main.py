@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"\ninterrupted; what was finished is kept, go on with: {again}", file=sys.stderr)
         if any(thread.name == "checkpoint" for thread in threading.enumerate()):
-            leave(130)
+            leave(130)  # it is at work, and nobody waits for it
         return 130
     except BrokenPipeError:
         # the reader of our output is gone, as in `| head`: nothing to say, and nobody to say it to

@@ -1,6 +1,5 @@
 """Files that are whole or absent: atomic writes, and where caches live."""
 
-import errno
 import fcntl
 import functools
 import hashlib
@@ -21,6 +20,7 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "Lines",
+    "SameFolder",
     "atomic_write_bytes",
     "atomic_write_text",
     "cache_dir",
@@ -86,15 +86,28 @@ def fsync_files(folder: Path, names: Collection[str]) -> None:
     fsync_folder(folder)
 
 
+class SameFolder:
+    """A run's folder that must stay the one it is: where a mount has vanished there is another beneath it."""
+
+    def __init__(self, run: Path) -> None:
+        """It is known by its ``config.yaml``; where that is not there yet, any folder will do."""
+        self.run, self._marker = run, run / "config.yaml"
+        self._marked = self._marker.is_file()
+
+    def check(self) -> None:
+        """Raise OSError if it is another."""
+        if self._marked and not self._marker.is_file():
+            raise OSError(f"{self.run} no longer holds this run; has its disk been unmounted?")
+
+
 class Lines:
     """A file of a run to which lines are added. A full disk costs none of them: what cannot be written is
     told once, waits, and is written with the next."""
 
     def __init__(self, path: Path) -> None:
-        """It is made by the first call of ``add``; in a folder that holds ``config.yaml`` now only while that
-        is there, since where a mount has vanished there is another folder."""
+        """It is made by the first call of ``add``, in the folder that is there now."""
         self.path = path
-        self._marked = path.with_name("config.yaml").is_file()
+        self._folder = SameFolder(path.parent)
         self._handle: int | None = None
         self._made = self._failing = False
         self._waiting = bytearray()
@@ -114,8 +127,7 @@ class Lines:
 
     def _write(self) -> None:
         if self._handle is None:
-            if self._marked and not self.path.with_name("config.yaml").is_file():
-                raise FileNotFoundError(errno.ENOENT, "the run is not there; has its disk been unmounted?")
+            self._folder.check()
             # made once: where a mount has vanished, a new file would lie beside the old one
             flags = os.O_WRONLY | os.O_APPEND | (0 if self._made else os.O_CREAT)
             self._handle = os.open(self.path, flags, 0o666)

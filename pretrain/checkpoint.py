@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..configs import documents
 from ..configs.errors import UserError
-from ..configs.files import fsync_folder
+from ..configs.files import fsync_folder, temporary_name
 from .manifest import MANIFEST, scan, seal, verify
 from .retention import superseded
 from .tensor_file import MEND, FileFacts, TensorFile, specs, write_tensors, write_text
@@ -30,16 +30,16 @@ __all__ = [
     "as_text",
     "complete",
     "folder_name",
-    "lacking_parts",
     "newest_checkpoint",
     "newest_or_none",
     "newest_step",
+    "partial_mend",
     "read_document",
     "read_tensors",
     "remove",
     "remove_leftovers",
     "save",
-    "temporary_name",
+    "unfinished_name",
     "verify",
     "write_files",
 ]
@@ -55,7 +55,7 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def temporary_name(step: int, token: str) -> str:
+def unfinished_name(step: int, token: str) -> str:
     """The name under which a checkpoint is written, which ``remove_leftovers`` knows."""
     return f".{folder_name(step)}.{token}.tmp"
 
@@ -81,7 +81,7 @@ def save(
     """
     parent = run / "checkpoints"
     final = parent / folder_name(step)
-    temporary = parent / temporary_name(step, secrets.token_hex(6))
+    temporary = parent / unfinished_name(step, secrets.token_hex(6))
     try:
         parent.mkdir(parents=True, exist_ok=True)
         texts = {name: as_text(document) for name, document in documents.items()}
@@ -123,7 +123,7 @@ def complete(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mapp
 def remove(folder: Path) -> None:
     """Delete a checkpoint: first its name, so that at no moment half of one stands there. Raises OSError;
     nothing happens if it is gone already."""
-    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    hidden = temporary_name(folder)
     try:
         folder.rename(hidden)
     except FileNotFoundError:  # somebody else was faster
@@ -150,19 +150,21 @@ def newest_or_none(run: Path, *, without: Collection[str] = ()) -> Path | None:
     does not start over by mistake."""
     newest = newest_checkpoint(run, without=without)
     if newest is None and (found := scan(run)):
-        lacking = next((names for one in found if (names := lacking_parts(one.folder))), "")
-        partly = f"set resume.allow_partial=true to go on without {lacking}, or " if lacking else ""
+        partly = next((mend for one in found if (mend := partial_mend(one.folder))), "")
         raise UserError(
-            f"{run / 'checkpoints'} holds {len(found)} checkpoints of which none is whole; {partly}remove "
-            "that folder to start the run from its beginning, or put a whole one there"
+            f"{run / 'checkpoints'} holds {len(found)} checkpoints of which none is whole; remove that "
+            f"folder to start the run from its beginning, or put a whole one there{partly}"
         )
     return newest
 
 
-def lacking_parts(folder: Path) -> str:
-    """Names of the ``PARTS`` that a checkpoint lacks; "" if it lacks none, or is not whole without them."""
+def partial_mend(folder: Path) -> str:
+    """How to go on from a checkpoint that lacks some of the ``PARTS``, as the end of a sentence; "" if it
+    lacks none, or is not whole without them."""
     missing = [name for name in PARTS if not (folder / name).exists()]
-    return ", ".join(missing) if missing and verify(folder, without=PARTS) is None else ""
+    if not missing or verify(folder, without=PARTS) is not None:
+        return ""
+    return f", or set resume.allow_partial=true to go on without {', '.join(missing)}"
 
 
 def newest_step(run: Path) -> tuple[int, Path] | None:

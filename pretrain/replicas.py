@@ -66,11 +66,9 @@ class Difference:
         first = columns[odd[0]]
         most, count = Counter(first).most_common(1)[0]
         self.name, self.tensors, self.of = names[odd[0]], len(odd), len(names)
-        self.ranks = [rank for rank, value in enumerate(first) if value != most]
-        """Those that differ from most of them; all if there is no majority."""
         self.majority = 2 * count > len(first)
-        if not self.majority:
-            self.ranks = list(range(len(first)))
+        self.ranks = [rank for rank, value in enumerate(first) if value != most or not self.majority]
+        """Those that differ from most of them; all if there is no majority."""
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.ranks[:8])) + (" .." if len(self.ranks) > 8 else "")

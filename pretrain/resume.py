@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..configs.errors import UserError
 from ..configs.load import StrictModel
-from .checkpoint import PARTS, lacking_parts, newest_or_none, verify
+from .checkpoint import PARTS, newest_or_none, partial_mend, verify
 from .manifest import MANIFEST, scan
 
 __all__ = ["ResumeConfig", "start_from"]
@@ -66,9 +66,7 @@ def _elsewhere(text: str, without: Collection[str]) -> Path:
     path = Path(text).expanduser()
     if (path / MANIFEST).is_file():
         if problem := verify(path, without=without):
-            lacking = lacking_parts(path)
-            partly = f", or set resume.allow_partial=true to go on without {lacking}" if lacking else ""
-            raise UserError(f"resume.start: {problem}; give another checkpoint{partly}")
+            raise UserError(f"resume.start: {problem}; give another checkpoint{partial_mend(path)}")
         return path
     if path.is_dir() and (newest := newest_or_none(path, without=without)) is not None:
         return newest

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.errors import UserError
-from ..configs.files import fsync_files
+from ..configs.files import SameFolder, fsync_files
 from . import checkpoint, distributed
 from .agree import on_rank_0, together
 from .manifest import scan
@@ -72,7 +72,7 @@ class _Save:
     def __init__(self, run: Path, snapshot: Snapshot, facts: Mapping[str, Any], token: str) -> None:
         self.snapshot, self.facts, self.step = snapshot, facts, snapshot.step
         parent = run / "checkpoints"
-        self.temporary = parent / checkpoint.temporary_name(self.step, token)
+        self.temporary = parent / checkpoint.unfinished_name(self.step, token)
         self.final = parent / checkpoint.folder_name(self.step)
         self.started = time.monotonic()
         self.stall_s = self.write_s = 0.0
@@ -97,9 +97,8 @@ class _Save:
                 raise UserError(f"{path} was written by another process and is not seen by rank 0")
         if self.snapshot.combine is not None:
             files = files | self.snapshot.combine(self.temporary)
-        fsync_files(
-            self.temporary.parent.parent, LINES
-        )  # whoever goes on from here needs the rows up to here
+        # whoever goes on from here needs the rows up to here
+        fsync_files(self.temporary.parent.parent, LINES)
         checkpoint.complete(self.temporary, self.final, self.facts, files)
         self.write_s = time.monotonic() - self.started
         return files
@@ -125,7 +124,7 @@ class Saver:
         self.saved_step = state.step
         """The newest step that is durable; at first the one that the run goes on from."""
         on_rank_0(lambda: _make(run / "checkpoints"))
-        self._marked = (run / "config.yaml").is_file()
+        self._same = SameFolder(run)
         self._stager = Stager(copies=config.asynchronous)
         self._token = distributed.broadcast_json(secrets.token_hex(4))
         self._attempts = self._failed = 0
@@ -220,9 +219,8 @@ class Saver:
         self._now = now
 
     def _in_place(self, write: Callable[[], Files]) -> Files:
-        """Write, if the run's folder is the one it was: where a mount has vanished there is another."""
-        if self._marked and not (self.run / "config.yaml").is_file():
-            raise UserError(f"{self.run} no longer holds this run; has its disk been unmounted?")
+        """Write, if the run's folder is the one it was."""
+        self._same.check()
         return write()
 
     def _complete(self, now: _Save, files: Files) -> Files:

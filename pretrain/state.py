@@ -134,7 +134,7 @@ class TrainState:
             step=self.step,
             samples_seen=self.samples_seen,
             tensors=staged | ({RNG_NAME: states} if first else {}),
-            texts=self._texts(layout(kinds) if self.sharded else None) | {**(texts or {})} if first else {},
+            texts=self._texts(layout(kinds) if self.sharded else None) | dict(texts or {}) if first else {},
             write_more=partial(bundle_text, self.clip),
             combine=combine,
             settled=stager.settled(),
@@ -171,7 +171,7 @@ class TrainState:
                 self.guard.load_state_dict(trainer["guard"])
             self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
         if (folder / RNG_NAME).is_file():
-            self._load_rng(checkpoint.read_tensors(folder / RNG_NAME))
+            self._load_rng(folder / RNG_NAME)
 
     def _load_stream(self, state: dict[str, Any], *, force: bool) -> None:
         try:
@@ -300,17 +300,17 @@ class TrainState:
                 out[f"rank_{rank:05d}/{kind}"] = value
         return out
 
-    def _load_rng(self, states: dict[str, Tensor]) -> None:
+    def _load_rng(self, file: Path) -> None:
         """This rank's own random state; on another number of ranks those that it has no state for keep the
         seed's."""
-        rank = f"rank_{distributed.rank():05d}"
+        states, rank = checkpoint.read_tensors(file), f"rank_{distributed.rank():05d}"
         try:
             if (cpu := states.get(f"{rank}/cpu")) is not None:
                 torch.set_rng_state(cpu)
             if self.device.type == "cuda" and (cuda := states.get(f"{rank}/cuda")) is not None:
                 torch.cuda.set_rng_state(cuda, self.device)
         except (RuntimeError, TypeError) as error:
-            raise UserError(f"{RNG_NAME} holds no random state ({error}); {MEND}") from error
+            raise UserError(f"{file} holds no random state ({error}); {MEND}") from error
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

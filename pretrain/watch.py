@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from pydantic import Field
 
+from ..configs.files import SameFolder
 from ..configs.load import StrictModel
 from ..data.stream import Stream
 from . import distributed, meeting
@@ -88,7 +89,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._patient = True
-        self._marker, self._marked = folder / "config.yaml", False
+        self._run = SameFolder(folder)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -105,7 +106,7 @@ class Watch:
 
     def follow(self, step: Callable[[], int], stream: Stream) -> None:
         """The run has been built: this gives the number of its finished steps, and this is its data."""
-        self._step, self._stream, self._marked = step, stream, self._marker.is_file()
+        self._step, self._stream, self._run = step, stream, SameFolder(self.folder.parent)
 
     def be_patient(self) -> None:
         """What comes may take long: until the next ``step_done`` the long time limit holds. A rank that waits
@@ -134,8 +135,7 @@ class Watch:
 
     def _report(self, step: int, seconds: float, number: int) -> None:
         """Tell of a standstill, for the ``number``-th time after this step (-1: before there are steps)."""
-        here = f"{step}/{number}"
-        step = max(step, 0)
+        here, step = f"{step}/{number}", max(step, 0)
         frame = sys._current_frames().get(self._main)  # pyright: ignore[reportPrivateUsage] # no public way
         doing = doing_now(frame)
         what = f"{doing} ({self._shards_due()})" if doing == "waiting for data" else doing
@@ -145,7 +145,7 @@ class Watch:
         except OSError as error:
             where = f"stacks could not be written ({error})"
         others = self._ask(here, what) if distributed.world_size() > 1 else {}
-        rank = f"rank {distributed.rank()}: " if others else ""
+        who = f"rank {distributed.rank()}: " if others else ""
         culprits = [f"rank {rank} is {word}" for rank, word in others.items() if COLLECTIVE not in word]
         if others and COLLECTIVE in doing:
             if distributed.rank() > 0 and culprits:
@@ -153,12 +153,11 @@ class Watch:
             what += ", where it waits: " + (
                 ", ".join(culprits[:8]) or "all ranks have come there, see the network between them"
             )
-        log.warning("%sno step has ended for %.0f s after step %d: %s; %s", rank, seconds, step, what, where)
+        log.warning("%sno step has ended for %.0f s after step %d: %s; %s", who, seconds, step, what, where)
 
     def _write(self, title: str) -> None:
-        if self._marked and not self._marker.is_file():
-            raise OSError("the run is not there; has its disk been unmounted?")
-        self.folder.mkdir(parents=not self._marked, exist_ok=True)
+        self._run.check()
+        self.folder.mkdir(parents=True, exist_ok=True)
         anew = self.path.exists() and self.path.stat().st_size > STACKS_BYTES
         with self.path.open("w" if anew else "a", encoding="utf-8") as file:
             print(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}", file=file, flush=True)

@@ -113,9 +113,8 @@ def test_what_a_killed_run_left_under_temporary_names_goes_and_nothing_else(tmp_
     assert len([name for name in left if name.startswith("holdout/")]) == 5
     kept = [name for name in left if not name.startswith("holdout") and "young" not in name]
     assert kept == [".x.tmp", "heads", "heads/.x.tmp", "heads/late", "heads/late/.x.tmp", "link"]
-    assert (
-        len([name for name in left if "young" in name]) == 4
-    )  # a report that is being written, for instance
+    # a report that is being written, for instance
+    assert len([name for name in left if "young" in name]) == 4
 
 
 def test_temporary_folders_of_another_machine_are_left_for_a_week(tmp_path: Path) -> None:

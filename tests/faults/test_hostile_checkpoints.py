@@ -1,7 +1,6 @@
 """Manifests, optimizer states, layouts and random states from strangers, whose hashes are right: each is
 taken or is one sentence, and what is shown of them holds nothing that a terminal would obey."""
 
-import copy
 import hashlib
 import json
 import random
@@ -24,7 +23,7 @@ from diptych.pretrain.saver import Saver
 from diptych.pretrain.sharded import layout
 
 from ..pretrain.states import make_state, step
-from .test_hostile_models import HOSTILE, places
+from .test_hostile_models import HOSTILE, changed
 
 SCORE = "val/image_to_text_R@5"
 WORSE: list[Any] = [
@@ -77,22 +76,6 @@ def refusal(use: Callable[[], object]) -> str:
     return ""
 
 
-def changed(facts: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """One value replaced or taken out, or one added under a name of a stranger's choice."""
-    facts = copy.deepcopy(facts)
-    *path, last = draw.choice([place for place in places(facts) if place != ("sha256",)])
-    inner: Any = facts
-    for key in path:
-        inner = inner[key]
-    if draw.random() < 0.15:
-        del inner[last]
-    elif isinstance(inner, dict) and draw.random() < 0.2:
-        inner[str(draw.choice(WORSE))[:300]] = draw.choice(WORSE)
-    else:
-        inner[last] = draw.choice(WORSE)
-    return facts
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_manifest_of_somebody_else_is_taken_or_one_sentence(
     seed: int, run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -100,7 +83,7 @@ def test_a_manifest_of_somebody_else_is_taken_or_one_sentence(
     draw, found = random.Random(seed), 0
     facts = read_document(newest(run) / "manifest.json")
     for _ in range(120):
-        seal(newest(run), changed(facts, draw))
+        seal(newest(run), changed(facts, draw, WORSE, added=0.2))
         codes = [main(["checkpoint", action, str(run)]) for action in ("list", "verify")]
         codes += [main(["checkpoint", "list", "--json", str(run)])]
         codes += [main(["checkpoint", "prune", str(run), "--keep", "1"])]
@@ -206,7 +189,7 @@ def test_a_layout_of_somebody_else_is_taken_or_one_sentence(parts: Path) -> None
     draw, refused = random.Random(0), 0
     document = json.loads((parts / "layout.json").read_text())
     for _ in range(150):
-        (parts / "layout.json").write_text(json.dumps(changed(document, draw)))
+        (parts / "layout.json").write_text(json.dumps(changed(document, draw, WORSE, added=0.2)))
         told = refusal(lambda: make_state(1).load(parts))
         refused += bool(told)
         assert not told or str(parts) in told

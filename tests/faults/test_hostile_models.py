@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(value[key], (*path, key))
 
 
-def changed(document: Any, draw: random.Random) -> Any:
-    """The document with one value taken out or replaced."""
+def changed(
+    document: Any, draw: random.Random, values: Sequence[Any] = HOSTILE, *, added: float = 0.0
+) -> Any:
+    """The document with one value taken out or replaced, or, with probability ``added``, one more under a
+    name that is such a value."""
     document = copy.deepcopy(document)
     *path, last = draw.choice(list(places(document)))
     inner = document
@@ -63,8 +66,10 @@ def changed(document: Any, draw: random.Random) -> Any:
         inner = inner[key]
     if draw.random() < 0.2:
         del inner[last]
+    elif added and isinstance(inner, dict) and draw.random() < added:
+        inner[str(draw.choice(values))[:300]] = copy.deepcopy(draw.choice(values))
     else:
-        inner[last] = copy.deepcopy(draw.choice(HOSTILE))
+        inner[last] = copy.deepcopy(draw.choice(values))
     return document
 
 
