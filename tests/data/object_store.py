@@ -44,6 +44,8 @@ class Proxy:
     dead: bool = False
     pause: float = 0.0
     """Seconds before each answer."""
+    meeting: tuple[str, threading.Barrier] | None = None
+    """GET requests with the word are answered when so many are under way, never if fewer come."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -96,6 +98,11 @@ class Proxy:
             return
         if self.pause:
             time.sleep(self.pause)
+        if self.meeting is not None and line.startswith("GET ") and self.meeting[0] in line:
+            try:
+                self.meeting[1].wait(30)
+            except threading.BrokenBarrierError:  # too few came: no answer
+                return
         if fault is not None and fault.kind == "500":
             client.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return

@@ -259,7 +259,7 @@ def test_where_files_cannot_be_linked_they_are_copied(
 def test_a_real_kill_and_a_second_run(tmp_path: Path) -> None:
     """kill -9 of the command while its processes work."""
     names = pictures(tmp_path, 12)
-    rows = [{"image": names[i % 12], "caption": f"c {i}"} for i in range(4000)]
+    rows = [{"image": names[i % 12], "caption": f"c {i}"} for i in range(8000)]
     source = table(tmp_path / "t.csv", rows)
     words = [sys.executable, "-m", "diptych.cli", "data", "build", str(source), "--samples-per-shard", "50"]
     words.append("--no-decode")
@@ -278,13 +278,13 @@ def test_a_real_kill_and_a_second_run(tmp_path: Path) -> None:
     with child.stdout:
         child.stdout.read()  # returns when the last of its processes has ended
     done = len(list(staging.glob("*.json")))
-    assert 5 <= done < 80
+    assert 5 <= done < 160
     report = build_shards([source], tmp_path / "out", samples_per_shard=50, decode=False)
     assert 50 * done - 50 <= report.kept <= 50 * done
     build_shards([source], tmp_path / "whole", samples_per_shard=50, decode=False)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert len(read_manifest(tmp_path / "out")) == 80
-    assert json.loads((tmp_path / "out/build_report.json").read_text())["written"] == 4000
+    assert len(read_manifest(tmp_path / "out")) == 160
+    assert json.loads((tmp_path / "out/build_report.json").read_text())["written"] == 8000
 
 
 def test_a_set_is_not_built_around_train_and_val_nor_the_other_way_round(tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def test_tars_in_a_bucket_give_the_batches_of_the_folder(
 ) -> None:
     proxy = Proxy(port)
     s3_environment(monkeypatch, proxy.url)
-    hurry(monkeypatch, silence=0.5)
+    hurry(monkeypatch, silence=2)
     try:
         write_tars(tmp_path / "set", [15, 15, 15])
         upload(tmp_path / "set", port, "plain")

@@ -97,10 +97,10 @@ def on_disk(folder: Path) -> int:
 
 def test_prefetch_brings_shards_in_their_order_and_returns_at_once(proxy: Proxy, folder: Path) -> None:
     shards = open_shards(URL)
-    proxy.pause = 0.2
+    proxy.pause = 1
     start = time.monotonic()
     shards.prefetch([5, 1, 3])
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 1
     proxy.pause = 0
     wait_until(lambda: len(proxy.gets("tar")) == 3)
     wait_until(lambda: not [t for t in threading.enumerate() if t.name == "prefetch"])

@@ -138,8 +138,10 @@ def test_rank_0_tells_what_the_rank_that_it_waits_for_does_and_the_run_goes_on(
         assert "standing.py" in stacks[1].partition("step 4, ")[2]  # where it reads, in a worker, too
         assert [step for step, _ in losses(run)] == [1, 2, 3, 4]
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGSTOP)
-        told = line_with(process, "no step has ended for", "after step 4: in ")
-        assert "rank 1 is not answering: see its host" in told  # and not what it answered before
+        # and not what it answered before
+        line_with(
+            process, "no step has ended for", "after step 4: in ", "rank 1 is not answering: see its host"
+        )
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
         (tmp_path / "go").touch()
         told = line_with(process, "no step has ended for", "after step 9: in ")

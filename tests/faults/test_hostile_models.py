@@ -268,12 +268,12 @@ def test_yaml_made_to_do_harm_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "x.yaml"
     file.write_bytes(YAML[what].encode("utf-8", "surrogateescape"))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError) as caught:
         read_yaml(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert not (tmp_path / "HACKED").exists()
 
 

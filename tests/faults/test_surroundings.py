@@ -155,6 +155,7 @@ def test_a_run_that_nobody_watches_any_more_goes_on(how: str, config: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_files_and_shared_memory_stay_flat_over_thousands_of_steps(
     config: Path, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def load(path: Path, out: Path, *overrides: str) -> PretrainConfig:
 
 
 def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]  # the last may still be on its way
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
@@ -100,7 +100,7 @@ def launch(
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a good end and return what it printed."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     return out
 
