@@ -159,6 +159,8 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     rows, parts = planned_rows(config)
     prepared = [prepare(config, rows, part) for part in parts]
     folder = run_folder(config)
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"out: {folder} holds a pretraining run; set out to another folder")
     if config.eval.folds is None and (folder / "folds").is_dir():
         raise UserError(
             f"{folder} holds a cross-validation; keep eval.cv and add --holdout, or give another folder as "

@@ -162,12 +162,26 @@ def verify(folder: Path, *, without: Collection[str] = ()) -> str | None:
         return str(damage)
 
 
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder, nothing if there is none; UserError if that cannot be known."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}), and a run does not start over for that; make it "
+            "readable, or set out to another folder"
+        ) from error
+
+
 def scan(run: Path, *, strict: bool = False, without: Collection[str] = ()) -> list[Found]:
     """All checkpoints of a run, newest first, by the step in their manifest (by name only where there is
     none), each looked at without reading its big files. ``strict``: raise NewerCheckpoint for one that cannot
-    be understood instead of listing it as a problem. ``without``: files that may be missing."""
+    be understood instead of listing it as a problem. ``without``: files that may be missing. Raises UserError
+    if the folder cannot be read."""
     found: list[Found] = []
-    for folder in (run / "checkpoints").glob("step_*"):
+    for folder in _inside(run / "checkpoints"):
         named = _FOLDER.fullmatch(folder.name)
         if named is None:
             continue

@@ -169,12 +169,13 @@ class RunParts:
             remove_leftovers(self.folder)
             if self.state.step < self.total_steps:
                 goes_on(self.folder)
-            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
-        self.quarantine.resume(self.state.step)
-        self.guard.resume(self.state.step, name, partial=config.resume.allow_partial)
         facts = {"config_sha256": config_hash(config)}
         texts = {"config.yaml": to_yaml(config)}
         self.saver = Saver(self.folder, self.state, config.checkpoint, facts, texts)
+        if self.rank == 0:  # after all that may still refuse the folder
+            cut_metrics(self.folder / "metrics.jsonl", self.state.step)
+        self.quarantine.resume(self.state.step)
+        self.guard.resume(self.state.step, name, partial=config.resume.allow_partial)
         self.guard.wait_for_saves = self.saver.wait
         self.tracker = on_rank_0(lambda: self._open_tracker(name))
         if self.tracker is not None and self.tracker.group:

@@ -11,6 +11,7 @@ from ..configs.errors import UserError
 from ..configs.load import StrictModel
 from .checkpoint import PARTS, newest_or_none, partial_mend, verify
 from .manifest import MANIFEST, scan
+from .tracking import read_metrics
 
 __all__ = ["ResumeConfig", "start_from"]
 
@@ -42,8 +43,10 @@ class ResumeConfig(StrictModel):
 def start_from(config: ResumeConfig, run: Path) -> Path | None:
     """The checkpoint to go on from, None to start at the beginning.
 
-    Raises UserError if the policy forbids what the folder holds.
+    Raises UserError if the policy forbids what the folder holds, and if what it holds is not all there.
     """
+    if (run / "encoder").is_dir():
+        raise UserError(f"out: {run} holds a fine-tuning; set out to another folder")
     if config.start == "never":
         if found := scan(run):
             several = "s" if len(found) > 1 else ""
@@ -54,11 +57,23 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
         return None
     without = PARTS if config.allow_partial else ()
     own = newest_or_none(run, without=without)
+    if own is None:
+        _check_that_none_was_saved(run)
     if own is None and config.start == "must":
         raise UserError(
             f"resume: must, but {run} holds no checkpoint; check out, or set resume=auto to start"
         )
     return own if own is not None or config.start in POLICIES else _elsewhere(config.start, without)
+
+
+def _check_that_none_was_saved(run: Path) -> None:
+    """A run whose checkpoints are gone does not start over, which would take what its folder still tells."""
+    metrics = run / "metrics.jsonl"
+    if steps := [row["saved_step"] for row in read_metrics(metrics) if "saved_step" in row]:
+        raise UserError(
+            f"{run} saved step {steps[-1]}, but checkpoints/ holds none; put one back there (is a disk not "
+            f"mounted?), or remove {metrics} to start the run from its beginning"
+        )
 
 
 def _elsewhere(text: str, without: Collection[str]) -> Path:

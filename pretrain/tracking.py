@@ -6,11 +6,12 @@ one id do not merge there: each start is a W&B run of its own, all in one group 
 """
 
 import json
+import logging
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +30,7 @@ __all__ = [
     "read_metrics",
     "track_evaluation",
 ]
+log = logging.getLogger(__name__)
 GROUP_NAME = "wandb_group.txt"
 GROUP_BYTES = 1024  # more than the file of any
 _NAME, _TAG = re.compile(r"[^\x00-\x1f\x7f/\\#?%:]{1,128}"), re.compile(r"[^\x00-\x1f\x7f]{1,64}")
@@ -57,21 +59,42 @@ class TrackingConfig(StrictModel):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a crash cut short is left out. Empty if there is no file."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """Rows of a metrics file. Lines that are none, such as a last one that a crash cut short, are left out.
+    Empty if there is no file."""
+    return [row for line in _lines_of(path) if (row := _row_of(line)) is not None]
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Leave only the rows up to ``step``, and no half line."""
-    if path.is_file():
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    """Leave only the rows up to ``step``, and no half line; a line that is no row stays, and is told."""
+    if not path.is_file():
+        return
+    kept: list[bytes] = []
+    odd: list[int] = []
+    for number, line in enumerate(_lines_of(path), 1):
+        row = _row_of(line)
+        if row is None:
+            odd.append(number)
+        if row is None or row["step"] <= step:
+            kept.append(line + b"\n")
+    atomic_write_bytes(path, b"".join(kept))
+    if odd:
+        log.warning(
+            "%s: line %d is no row of this run and is passed over (%d in all)", path, odd[0], len(odd)
+        )
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    """The lines of a file that were written to their end."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """A line as a row with its ``step``, None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class Tracker:
@@ -96,17 +119,33 @@ class Tracker:
         odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         self._lines.add(json.dumps({**row, **odd}) + "\n")
         if self._wandb is not None:
-            kind = row["kind"]
+            kind = str(row["kind"])
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
             axes = {k: numbers.pop(k) for k in ("step", "samples_seen") if k in numbers}
-            self._wandb.log({k if "/" in k else f"{kind}/{k}": v for k, v in numbers.items()} | axes)
+            values = {k if "/" in k else f"{kind}/{k}": v for k, v in numbers.items()} | axes
+            self._send(lambda run: run.log(values))
 
     def finish(self, exit_code: int = 0) -> None:
         """Close everything; may be called twice."""
         self._lines.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        self._send(lambda run: run.finish(exit_code=exit_code))
+        self._wandb = None
+
+    def _send(self, work: Callable[[Any], object]) -> None:
+        """Have W&B do something. A run does not end because W&B's own process has, or fails."""
+        if self._wandb is None:
+            return
+        try:
+            work(self._wandb)
+        except Exception as error:
             self._wandb = None
+            reason = " ".join(str(error).split())[:200]
+            log.warning(
+                "W&B has ended (%s: %s): nothing more goes there until the next start; %s has everything",
+                type(error).__name__,
+                reason,
+                self.path,
+            )
 
 
 def track_evaluation(folder: Path, config: TrackingConfig, result: Mapping[str, Any]) -> None:

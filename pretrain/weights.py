@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..configs.documents import read_document
 from ..configs.errors import UserError
+from .checkpoint import newest_checkpoint
+from .manifest import MANIFEST, scan, verify
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -95,14 +97,18 @@ def _hub_folder(repository: str) -> Path:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """``path`` itself if it is a checkpoint folder, or the newest finished one of a run folder; else
-    UserError."""
+    """``path`` itself if it is a checkpoint folder, or the newest whole one of a run folder; damaged ones are
+    named in a warning. UserError if there is none, or if the one that is named is damaged."""
+    if (path / MANIFEST).is_file():
+        if problem := verify(path):
+            raise UserError(f"{problem}; give another checkpoint, or the run to have its newest whole one")
+        return path
     if (path / CONFIG_NAME).is_file():
         return path
-    steps = sorted((path / "checkpoints").glob("step_*"), reverse=True)
-    for step in steps:
-        if (step / CONFIG_NAME).is_file() and (step / "manifest.json").is_file():
-            return step
+    if (newest := newest_checkpoint(path)) is not None:
+        return newest
+    if found := scan(path):
+        raise UserError(f"{path / 'checkpoints'} holds {len(found)} checkpoints of which none is whole")
     raise UserError(
         f"{path} is neither a checkpoint (no {CONFIG_NAME}) nor a run with a finished one in checkpoints/"
     )

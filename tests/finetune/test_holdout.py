@@ -188,6 +188,18 @@ def test_what_cannot_stand_in_one_folder_is_refused(
     assert contents(tmp_path / "run") == before
 
 
+def test_a_pretraining_runs_folder_is_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy(made, tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["finetune", str(tmp_path / "finetune.yaml"), CV]) == 2
+    assert capsys.readouterr().err.strip().endswith("run holds a pretraining run; set out to another folder")
+    assert contents(tmp_path / "run") == before
+
+
 def test_validate_looks_at_what_will_be_scored(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diptych.configs.errors import UserError
+from diptych.pretrain.manifest import seal
 from diptych.pretrain.model import (
     ContrastiveModel,
     ModelConfig,
@@ -46,7 +47,8 @@ def write_checkpoint(model: nn.Module, folder: Path) -> Path:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(model)))
-    (folder / "manifest.json").write_text("{}")
+    number = folder.name.removeprefix("step_")
+    seal(folder, {"step": int(number) if number.isdigit() else 0}, {})
     return folder
 
 

@@ -276,3 +276,54 @@ def test_a_key_of_an_earlier_version_is_told_with_where_it_stands(
         load(file, tmp_path, f"{was}=7")
     section, key = now.split(".")
     assert getattr(getattr(load(file, tmp_path, f"{now}=7"), section), key) == 7
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(file: Path, done: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoints").rename(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"saved step 4, but checkpoints/ holds none; put one back there"):
+        train(load(file, run, SHORT))
+    (run / "checkpoints").symlink_to(tmp_path / "nowhere")  # a disk that is not mounted
+    with pytest.raises(UserError, match="saved step 4, but checkpoints/ holds none"):
+        train(load(file, run, SHORT))
+    (run / "checkpoints").unlink()
+    (run / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"checkpoints cannot be read \(Not a directory\)"):
+        train(load(file, run, SHORT))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert (run / "finished.json").exists()
+    (run / "checkpoints").unlink()
+    (tmp_path / "kept").rename(run / "checkpoints")
+    assert train(load(file, run, SHORT)).step == 4
+
+
+def test_lines_that_are_no_rows_cost_no_rows(
+    file: Path, done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    (run / "finished.json").unlink()
+    whole = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    odd = [
+        b"garbage\n",
+        b"\n",
+        b"42\n",
+        b'{"kind": "note"}\n',
+        b'{"step": "2"}\n',
+        b"\xff\xfe\n",
+        b"[" * 9999 + b"\n",
+    ]
+    (run / "metrics.jsonl").write_bytes(b"".join([whole[0], *odd, *whole[1:], b'{"kind": "tra']))
+    for name in ("quarantine.jsonl", "bad_steps.jsonl"):
+        (run / name).write_bytes(b"{}\n5\n")
+    train(load(file, run, SHORT))
+    assert (run / "metrics.jsonl").read_bytes() == b"".join([whole[0], *odd, *whole[1:]])
+    assert (
+        f"{run / 'metrics.jsonl'}: line 2 is no row of this run and is passed over (7 in all)" in caplog.text
+    )
+
+
+def test_a_fine_tunings_folder_is_refused(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out: .*run holds a fine-tuning; set out to another folder"):
+        train(load(file, tmp_path / "run", SHORT))

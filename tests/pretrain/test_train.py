@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -149,6 +151,22 @@ def test_wandb_gets_every_row_offline(config: Path, tmp_path: Path) -> None:
     seen = [row for row in history(files[0]) if "train/loss" in row]
     assert [(row["step"], row["train/loss"]) for row in seen] == losses(out)
     assert [row["samples_seen"] for row in seen] == [BATCH * step for step in (1, 2, 3, 4)]
+
+
+def test_a_run_goes_on_when_wandbs_process_is_killed(config: Path, tmp_path: Path) -> None:
+    out, steps = tmp_path / "run", 100
+    process = launch(config, out, 1, "tracking.wandb=offline", f"train.total_samples={steps * BATCH}")
+    while not (out / "metrics.jsonl").is_file() or not rows(out):
+        assert process.poll() is None
+        time.sleep(0.02)
+    (core,) = [one for one in psutil.Process(process.pid).children(recursive=True) if "wandb" in one.name()]
+    core.kill()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    assert [row["step"] for row in rows(out)] == [*range(1, steps + 1)]
+    told = [line for line in err.splitlines() if "W&B has ended (" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"{out / 'metrics.jsonl'} has everything")
 
 
 def test_an_evaluation_joins_the_training_in_wandb(tmp_path: Path) -> None:

@@ -130,6 +130,30 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint_folder(tmp_path)
 
 
+def flip_a_bit(file: Path) -> None:
+    held = bytearray(file.read_bytes())
+    held[-9] ^= 64
+    file.write_bytes(held)
+
+
+def test_damaged_weights_of_a_run_are_passed_over_and_of_a_checkpoint_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = random_model()
+    steps = tmp_path / "run" / "checkpoints"
+    write_checkpoint(source, steps / "step_00000009")
+    newest = write_checkpoint(random_model(), steps / "step_00000010")
+    flip_a_bit(newest / "open_clip_model.safetensors")
+    write_checkpoint(random_model(), steps / "step_00000010_old")  # somebody's copy
+    assert_equal_weights(build_model(config(pretrained=str(tmp_path / "run"))), source)
+    assert "open_clip_model.safetensors is damaged (its sha256 differs); going back" in caplog.text
+    with pytest.raises(UserError, match=r"safetensors is damaged .*; give another checkpoint, or the run"):
+        build_model(config(pretrained=str(newest)))
+    flip_a_bit(steps / "step_00000009" / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="holds 2 checkpoints of which none is whole"):
+        build_model(config(pretrained=str(tmp_path / "run")))
+
+
 def test_the_image_tower_alone_from_a_file(tmp_path: Path) -> None:
     source = random_model(vision="conv")
     trunk = {**source.visual.trunk.state_dict(), "classifier.weight": torch.zeros(10, 256)}
