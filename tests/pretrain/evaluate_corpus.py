@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diptych.data.shards import ShardWriter
+from diptych.pretrain.manifest import seal
 from diptych.pretrain.model import ModelConfig, build_model, open_clip_config
 
 SIZE = 16
@@ -68,7 +69,7 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 def make_run(folder: Path, corpus: Path) -> Path:
     checkpoint = make_checkpoint(folder / "checkpoints" / "step_00000010")
-    (checkpoint / "manifest.json").write_text("{}")
+    seal(checkpoint, {"step": 10}, {})
     (folder / "config.yaml").write_text(f"name: tiny\ndata: {{train: {corpus / 'train'}}}\n")
     return folder
 
