@@ -99,6 +99,7 @@ def _output_folder(checkpoint: str | Path, config: EvaluateConfig) -> Path:
 def _describe(model: LoadedModel) -> dict[str, Any]:
     cfg = model.config["model_cfg"]
     return {
+        "weights": str(model.file),
         "image": cfg["vision_cfg"].get("timm_model_name") or "open_clip ViT or ResNet",
         "text": cfg["text_cfg"].get("hf_model_name") or "open_clip transformer",
         "embed_dim": model.embed_dim,

@@ -321,6 +321,8 @@ class LoadedModel(Encoders):
     """A dual encoder: features of length 1 in one space."""
 
     clip: CustomTextCLIP
+    file: Path | None = None
+    """Where its weights were read from, if from a file."""
 
     def __init__(
         self, clip: CustomTextCLIP, tokenizer: "Tokenizer", device: str | torch.device = "cpu"
@@ -363,8 +365,10 @@ def load_model(path_or_name: str | Path, device: str | torch.device = "cpu") -> 
     source = weights.resolve(str(config.pretrained), config.arch)
     if path.is_file() and source.model_cfg is None:
         raise UserError(f"{path} has no {weights.CONFIG_NAME} beside it, so its towers are unknown")
-    clip = build_model(config)
+    clip = build_model(config, source=source)
     text_cfg = open_clip_config(clip)["model_cfg"]["text_cfg"]
     from ..data.text import tokenizer_for
 
-    return LoadedModel(clip, tokenizer_for(text_cfg, source.text_folder), device)
+    model = LoadedModel(clip, tokenizer_for(text_cfg, source.text_folder), device)
+    model.file = source.file
+    return model

@@ -69,13 +69,17 @@ class ModelConfig(StrictModel):
     resize_mode: Literal["shortest", "longest", "squash"] | None = None
 
 
-def build_model(config: ModelConfig, *, load_weights: bool = True) -> CustomTextCLIP:
-    """The dual encoder, on the CPU in fp32, with its weights loaded.
+def build_model(
+    config: ModelConfig, *, load_weights: bool = True, source: "weights.Source | None" = None
+) -> CustomTextCLIP:
+    """The dual encoder, on the CPU in fp32, with its weights loaded; ``source``: where those of
+    ``pretrained`` have been found, if somebody has looked.
 
     It remembers its open_clip config (see ``open_clip_config``). Raises UserError for unknown names and keys,
     sizes that do not fit, and weights that cannot be read or do not fit.
     """
-    source = weights.resolve(config.pretrained, config.arch) if config.pretrained else None
+    if source is None and config.pretrained:
+        source = weights.resolve(config.pretrained, config.arch)
     model_cfg = _model_cfg(config, source)
     foreign = source is not None and source.model_cfg is not None and config.arch is None
     beside = f"{source.file.parent / weights.CONFIG_NAME}: " if source and foreign else ""

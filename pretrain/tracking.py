@@ -119,7 +119,7 @@ class Tracker:
         odd = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         self._lines.add(json.dumps({**row, **odd}) + "\n")
         if self._wandb is not None:
-            kind = str(row["kind"])
+            kind = row["kind"]
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
             axes = {k: numbers.pop(k) for k in ("step", "samples_seen") if k in numbers}
             values = {k if "/" in k else f"{kind}/{k}": v for k, v in numbers.items()} | axes

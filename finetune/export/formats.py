@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.errors import UserError
-from ...pretrain.checkpoint import MANIFEST, newest_checkpoint, verify
 from ...pretrain.model import LoadedModel, load_model
 from ..predictor import Predictor
 from ..runs.saved import open_encoder, write_encoder, write_folder
@@ -137,15 +136,10 @@ def _open(source: str | Path, kind: str, head: str | None, say: Say) -> LoadedMo
         return model
     if head is not None:
         raise UserError(f"{source} has no head '{head}': it is no fine-tuning run; leave --head out")
-    if (path / "checkpoints").is_dir():
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise UserError(f"{path} holds no whole checkpoint; train it, or give another folder")
-        path, source = newest, newest
-    elif (path / MANIFEST).is_file() and (problem := verify(path)):
-        raise UserError(f"{problem}; give another checkpoint")
-    averaged = " (averaged weights)" if (path / "train_model.safetensors").is_file() else ""
     model = load_model(source)
+    if path.is_dir() and model.file is not None:
+        source = model.file.parent
+    averaged = " (averaged weights)" if Path(source, "train_model.safetensors").is_file() else ""
     say(f"checkpoint {source}{averaged}")
     return model
 

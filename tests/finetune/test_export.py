@@ -252,7 +252,7 @@ def test_of_a_pretraining_run_the_newest_whole_averaged_weights_are_taken(tmp_pa
     with pytest.raises(UserError, match="is damaged"):
         export(damaged.parent, "open_clip", tmp_path / "other")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="nor a run with a finished one"):
         export(tmp_path / "empty", "open_clip", tmp_path / "other")
 
 

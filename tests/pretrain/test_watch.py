@@ -30,7 +30,7 @@ class Standing:
         return ["00003.tar", "00007.tar"]
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(true: Callable[[], object]) -> None:
     end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
@@ -71,9 +71,12 @@ def test_a_standstill_is_told_once_per_doubled_time_with_stacks(
 def test_waiting_for_data_is_called_so_with_the_shards(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scope: dict[str, Any] = {"__name__": "diptych.data.stream", "time": time}
-    scope["told"] = lambda: bool(caplog.records)
-    exec("def __next__():\n    while not told(): time.sleep(0.01)", scope)
+    scope: dict[str, Any] = {
+        "__name__": "diptych.data.stream",
+        "until": until,
+        "told": lambda: caplog.records,
+    }
+    exec("def __next__():\n    until(told)", scope)
     lines, _ = standstill(tmp_path, caplog, scope["__next__"])
     assert "waiting for data (its batch comes from 00003.tar, 00007.tar)" in lines[0]
 
