@@ -15,7 +15,8 @@ PRUNE = """example:
   diptych checkpoint prune runs/demo-pretrain --keep 1
   diptych checkpoint prune runs/demo-pretrain --keep 2 --keep-every 10000 --yes
 
-Nothing is removed without --yes. The newest whole checkpoint always stays. Works while the run trains."""
+Nothing is removed without --yes. The newest whole checkpoint always stays, and so do those that the run's own
+checkpoint.keep_every_steps and checkpoint.keep_best keep. Works while the run trains."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -130,10 +131,14 @@ def prune(args: argparse.Namespace) -> int:
     """Remove what is older than the newest ones, or say what that would be."""
     from dataclasses import replace
 
+    from ..configs.load import load_config
     from ..pretrain.checkpoint import remove
+    from ..pretrain.config import PretrainConfig
     from ..pretrain.manifest import verify as look
-    from ..pretrain.retention import superseded
+    from ..pretrain.retention import CheckpointConfig, superseded
 
+    file = Path(args.folder, "config.yaml")
+    own = load_config(PretrainConfig, file).checkpoint if file.is_file() else CheckpointConfig()
     found, whole = _scan(args.folder), 0
     for number, one in enumerate(found):  # those that are to stay are read in full: a damaged one is none
         if whole == args.keep:
@@ -141,7 +146,9 @@ def prune(args: argparse.Namespace) -> int:
         problem = one.problem or look(one.folder)
         found[number] = replace(one, problem=problem)
         whole += problem is None
-    going = superseded(found, keep=args.keep, keep_every_steps=args.keep_every)
+    asked = superseded(found, keep=args.keep, keep_every_steps=args.keep_every)
+    free = superseded(found, keep=args.keep, keep_every_steps=own.keep_every_steps, keep_best=own.keep_best)
+    going = [one for one in asked if one in free]
     for one in going:
         if args.yes:
             remove(one.folder)

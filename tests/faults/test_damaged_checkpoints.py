@@ -4,8 +4,10 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
@@ -128,6 +130,28 @@ def test_manifests_of_the_first_version_are_read(run: Path) -> None:
     old["files"]["../../config.yaml"] = {"bytes": 1, "sha256": "0" * 64}
     (folder / "manifest.json").write_text(json.dumps(old, indent=1) + "\n")
     assert "outside its folder" in str(verify(folder))
+
+
+@pytest.mark.parametrize(
+    "own", [{"keep_every_steps": 1}, {"keep_best": {"metric": "val/image_to_text_R@5", "count": 2}}]
+)
+def test_pruning_keeps_what_the_runs_own_config_keeps(
+    own: dict[str, Any], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config: dict[str, Any] = {
+        "data": {"train": "shards"},
+        "model": {"arch": "ViT-B-32"},
+        "train": {"epochs": 1},
+    }
+    config |= {"evaluate": {"data": "held-out"}, "checkpoint": {"every_steps": 1, **own}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["checkpoint", "prune", str(run), "--keep", "1", "--keep-every", "5", "--yes"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "0 checkpoints removed (0.0 MB), 2 stay\n"
+    (run / "config.yaml").write_text("model: [")
+    assert main(words) == 2
+    assert str(run / "config.yaml") in capsys.readouterr().err
+    assert len(list((run / "checkpoints").iterdir())) == 2
 
 
 def test_the_command_lists_verifies_and_prunes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
