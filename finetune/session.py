@@ -154,13 +154,14 @@ def open_sessions(config: FinetuneConfig, progress: Progress, say: Callable[[str
     """
     if config.search is not None:
         import_optuna()
+    folder = run_folder(config)
+    run = folder.parent if config.eval.holdout else folder
+    if (run / "checkpoints").is_dir():
+        raise UserError(f"out: {run} holds a pretraining run; set out to another folder")
     plain = config.task.model_copy(update={"class_weight": "none"})  # its classes are not known yet
     task_metric = make_task(plain, ("0", "1")).check_metric(config.early_stopping.metric)
     rows, parts = planned_rows(config)
     prepared = [prepare(config, rows, part) for part in parts]
-    folder = run_folder(config)
-    if (folder / "checkpoints").is_dir():
-        raise UserError(f"out: {folder} holds a pretraining run; set out to another folder")
     if config.eval.folds is None and (folder / "folds").is_dir():
         raise UserError(
             f"{folder} holds a cross-validation; keep eval.cv and add --holdout, or give another folder as "

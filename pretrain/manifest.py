@@ -169,10 +169,7 @@ def _inside(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be read ({error.strerror}), and a run does not start over for that; make it "
-            "readable, or set out to another folder"
-        ) from error
+        raise UserError(f"{folder} cannot be read ({error.strerror}); make it a readable folder") from error
 
 
 def scan(run: Path, *, strict: bool = False, without: Collection[str] = ()) -> list[Found]:

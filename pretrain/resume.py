@@ -54,7 +54,10 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
                 f"resume: never, but {run} holds {len(found)} checkpoint{several}; set out to another "
                 "folder, or resume=auto to go on"
             )
+        _check_that_none_was_saved(run)
         return None
+    if config.start not in POLICIES and not Path(config.start).expanduser().exists():
+        raise _unknown(config.start)
     without = PARTS if config.allow_partial else ()
     own = newest_or_none(run, without=without)
     if own is None:
@@ -85,6 +88,10 @@ def _elsewhere(text: str, without: Collection[str]) -> Path:
         return path
     if path.is_dir() and (newest := newest_or_none(path, without=without)) is not None:
         return newest
+    raise _unknown(text)
+
+
+def _unknown(text: str) -> UserError:
     near = get_close_matches(text, POLICIES, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "give auto, never, must, a run's folder or a checkpoint's"
-    raise UserError(f"resume.start: {text} is no folder of a run with checkpoints and no checkpoint; {hint}")
+    return UserError(f"resume.start: {text} is no folder of a run with checkpoints and no checkpoint; {hint}")

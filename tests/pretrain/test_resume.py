@@ -87,13 +87,14 @@ def test_never_and_must_refuse_in_one_sentence(file: Path, done: Path, tmp_path:
     assert train(load(file, tmp_path / "new", SHORT, "resume=never")).step == 4
 
 
-def test_a_shorthand_takes_no_keys_by_accident(file: Path, tmp_path: Path) -> None:
+def test_a_shorthand_takes_no_keys_by_accident(file: Path, done: Path, tmp_path: Path) -> None:
     assert load(file, tmp_path, "resume=must").resume.start == "must"
     assert load(file, tmp_path, "resume.force=true").resume.start == "auto"
     with pytest.raises(UserError, match=r"resume is 'must' and has no keys"):
         load(file, tmp_path, "resume=must", "resume.force=true")
-    with pytest.raises(UserError, match=r"resume.start: muts .*did you mean must"):
-        train(load(file, tmp_path / "run", "resume=muts"))
+    for out in (tmp_path / "run", done):  # also where there is something to go on from
+        with pytest.raises(UserError, match=r"resume.start: muts .*did you mean must"):
+            train(load(file, out, SHORT, "resume=muts"))
 
 
 @pytest.mark.parametrize("what", ["run", "checkpoint"])
@@ -286,7 +287,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(file: Path, done: 
         train(load(file, run, SHORT))
     (run / "checkpoints").symlink_to(tmp_path / "nowhere")  # a disk that is not mounted
     with pytest.raises(UserError, match="saved step 4, but checkpoints/ holds none"):
-        train(load(file, run, SHORT))
+        train(load(file, run, SHORT, "resume=never"))
     (run / "checkpoints").unlink()
     (run / "checkpoints").touch()
     with pytest.raises(UserError, match=r"checkpoints cannot be read \(Not a directory\)"):
