@@ -185,13 +185,19 @@ class Stream(Iterator[Batch]):
                 num_workers=self._config.workers,
                 prefetch_factor=self._config.prefetch,
                 multiprocessing_context=self._config.start_method,
-                collate_fn=_unchanged,
+                collate_fn=_shared,
                 worker_init_fn=partial(_start_worker, os.getpid() if in_main else None, self._stacks.path),
                 generator=torch.Generator(),  # else a start draws one of the run's random numbers
                 pin_memory=self._pin_memory,
                 timeout=LOOK_S,
             )
-            batches = iter(loader)
+            try:
+                batches = iter(loader)
+            except OSError as error:
+                raise UserError(
+                    f"data.workers: no data worker can be started ({error.strerror or error}); see that "
+                    "/dev/shm can be written, or set data.workers=0"
+                ) from error
         _workers.update(_workers_of(batches))
         if in_main:
             signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
@@ -283,7 +289,21 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def _unchanged(batch: Any) -> Any:
+def _shared(batch: Any) -> Any:
+    """Put a batch's tensors into shared memory. Left to torch a thread of the worker does so, and what fails
+    there is a batch that never comes."""
+    if isinstance(batch, Failure):
+        return batch
+    try:
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        return Failure(
+            f"data.workers: a batch finds no room in shared memory ({reason}); make /dev/shm larger "
+            "(docker run --shm-size), or lower data.workers or data.prefetch"
+        )
     return batch
 
 

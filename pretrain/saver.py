@@ -219,8 +219,9 @@ class Saver:
         self._now = now
 
     def _in_place(self, write: Callable[[], Files]) -> Files:
-        """Write, if the run's folder is the one it was."""
+        """Write, if the run's folder is the one it was; that of checkpoints may have been removed."""
         self._same.check()
+        (self.run / "checkpoints").mkdir(exist_ok=True)
         return write()
 
     def _complete(self, now: _Save, files: Files) -> Files:
@@ -230,7 +231,7 @@ class Saver:
             found = scan(self.run)
             for old in superseded(found, **keep, keep_best=self.config.keep_best, newest=now.step):
                 checkpoint.remove(old.folder)
-        except OSError as error:  # the checkpoint itself is durable
+        except (OSError, UserError) as error:  # the checkpoint itself is durable
             now.note = f"an older checkpoint cannot be removed ({error})"
         return files
 

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
@@ -157,6 +158,32 @@ def test_a_folder_that_turns_read_only_is_told_and_waited_for(
     assert len(told) >= 2
     assert "Read-only file system" in told[-1]
     assert_same(run, straight)
+
+
+def test_a_folder_of_checkpoints_that_is_removed_in_training_is_made_again(
+    config: Path, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(load(config, run, *SHORT), At(step_7=lambda: (run / "checkpoints").rename(tmp_path / "away")))
+    assert_same(run, straight)
+
+
+@pytest.mark.parametrize("size", ["96k", "4k"])
+def test_shared_memory_that_is_full_is_one_sentence(config: Path, tmp_path: Path, size: str) -> None:
+    """As in a container, whose /dev/shm is small."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    small = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec " + '"$@"'
+    words = [str(config), f"out={tmp_path / 'run'}", *SHORT, "data.workers=2", "data.prefetch=4"]
+    command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "diptych.pretrain", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, done.stderr[-3000:]
+    assert told[0].startswith("error: data.workers: ")
+    assert "/dev/shm" in told[0]
+    assert done.returncode == 2
+    if size != "4k":  # where torch adds what it makes of workers that cannot even be started
+        assert "Traceback" not in done.stderr
 
 
 def test_a_mount_that_vanishes_is_not_written_beneath(
