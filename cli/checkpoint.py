@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ LIST = """example:
 VERIFY = """example:
   diptych checkpoint verify runs/demo-pretrain
 
-Exit code 0: all are whole; 1: some are not, and each is named with what is wrong."""
+One checkpoint's folder may be given, too. Exit code 0: all are whole; 1: some are not, and each is named with
+what is wrong."""
 PRUNE = """example:
   diptych checkpoint prune runs/demo-pretrain --keep 1
   diptych checkpoint prune runs/demo-pretrain --keep 2 --keep-every 10000 --yes
@@ -64,6 +66,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _own(folder: str) -> Any:
+    """The run's own settings of checkpoints."""
+    from ..configs.load import load_config
+    from ..pretrain.config import PretrainConfig
+    from ..pretrain.retention import CheckpointConfig
+
+    file = Path(folder, "config.yaml")
+    return load_config(PretrainConfig, file).checkpoint if file.is_file() else CheckpointConfig()
+
+
+def _several(count: int) -> str:
+    return f"{count} checkpoint{'' if count == 1 else 's'}"
+
+
 def _scan(folder: str) -> list[Any]:
     """The run's checkpoints, newest first; UserError if there is none."""
     from ..configs.errors import UserError
@@ -84,7 +100,12 @@ def _size(count: int) -> str:
 
 def list_(args: argparse.Namespace) -> int:
     """Say what is there, by manifest and sizes."""
+    from ..configs.errors import UserError
+
     found = _scan(args.folder)
+    wanted = None
+    with suppress(UserError):  # a damaged config hides no checkpoints
+        wanted = _own(args.folder).keep_best
     for one in found:
         facts = one.facts
         metrics = {name: v for name, v in facts.get("metrics", {}).items() if not name.endswith("_chance")}
@@ -96,7 +117,7 @@ def list_(args: argparse.Namespace) -> int:
         seen = f"{facts['samples_seen']:,} samples" if "samples_seen" in facts else "samples unknown"
         words = [f"step {one.step:>8}", seen, str(facts.get("written", "time unknown")), _size(one.bytes)]
         words.append("sizes right" if one.problem is None else f"DAMAGED: {one.problem}")
-        best = [name for name in metrics if name.endswith("_R@5")]
+        best = [name for name in metrics if (name == wanted.metric if wanted else name.endswith("_R@5"))]
         words += [f"{name.removeprefix('val/')} {metrics[name]:.3f}" for name in best]
         words += [f"best {name.removeprefix('val/')}" for name in best if one is _best(found, name)]
         print("  ".join(words))
@@ -114,10 +135,16 @@ def _best(found: list[Any], metric: str) -> Any:
 
 def verify(args: argparse.Namespace) -> int:
     """Hash every file; 1 if a checkpoint is damaged."""
+    from ..configs.errors import UserError
     from ..pretrain.manifest import verify as look
 
-    damaged = 0
-    for one in _scan(args.folder):
+    damaged, path = 0, Path(args.folder)
+    single = path.parent.name == "checkpoints" and not (path / "checkpoints").is_dir()
+    found = _scan(str(path.parent.parent) if single else args.folder)
+    chosen = [one for one in found if not single or one.folder.name == path.name]
+    if not chosen:
+        raise UserError(f"{path} is no checkpoint; `diptych checkpoint list {path.parent.parent}` names all")
+    for one in chosen:
         problem = look(one.folder)
         if problem is not None and not one.folder.exists():
             print(f"step {one.step}: removed meanwhile")
@@ -131,14 +158,11 @@ def prune(args: argparse.Namespace) -> int:
     """Remove what is older than the newest ones, or say what that would be."""
     from dataclasses import replace
 
-    from ..configs.load import load_config
     from ..pretrain.checkpoint import remove
-    from ..pretrain.config import PretrainConfig
     from ..pretrain.manifest import verify as look
-    from ..pretrain.retention import CheckpointConfig, superseded
+    from ..pretrain.retention import superseded
 
-    file = Path(args.folder, "config.yaml")
-    own = load_config(PretrainConfig, file).checkpoint if file.is_file() else CheckpointConfig()
+    own = _own(args.folder)
     found, whole = _scan(args.folder), 0
     for number, one in enumerate(found):  # those that are to stay are read in full: a damaged one is none
         if whole == args.keep:
@@ -146,6 +170,8 @@ def prune(args: argparse.Namespace) -> int:
         problem = one.problem or look(one.folder)
         found[number] = replace(one, problem=problem)
         whole += problem is None
+        if problem is not None:
+            print(f"step {one.step} does not count: {problem}", flush=True)
     asked = superseded(found, keep=args.keep, keep_every_steps=args.keep_every)
     free = superseded(found, keep=args.keep, keep_every_steps=own.keep_every_steps, keep_best=own.keep_best)
     going = [one for one in asked if one in free]
@@ -156,7 +182,7 @@ def prune(args: argparse.Namespace) -> int:
     total = _size(sum(one.bytes for one in going))
     stay = len(found) - len(going)
     if args.yes or not going:
-        print(f"{len(going)} checkpoints removed ({total}), {stay} stay")
+        print(f"{_several(len(going))} removed ({total}), {stay} stay")
     else:
-        print(f"{len(going)} checkpoints ({total}) would go, {stay} stay; add --yes to remove them")
+        print(f"{_several(len(going))} ({total}) would go, {stay} stay; add --yes to remove them")
     return 0

@@ -5,7 +5,6 @@ heavy (torch, open_clip) they import inside ``run``, so that ``diptych --help`` 
 """
 
 import argparse
-import errno
 import importlib
 import os
 import re
@@ -17,7 +16,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ..configs.errors import UserError
+from ..configs.errors import UserError, mend
 from ..configs.leave import leave
 
 __all__ = ["COMMANDS", "build_parser", "main", "parse_line"]
@@ -31,21 +30,6 @@ EPILOG = """example:
 
 `diptych COMMAND --help` tells more. Settings are a YAML file and key=value overrides; a mistake ends with one
 sentence and exit code 2."""
-
-# what the user or the machine can mend, as opposed to a mistake of ours
-_MENDABLE = {
-    errno.ENOSPC: "free some space there, or choose another folder",
-    errno.EDQUOT: "free some space there, or choose another folder",
-    errno.EACCES: "choose a folder that you may use",
-    errno.EPERM: "choose a folder that you may use",
-    errno.EROFS: "choose a folder that can be written",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "give a file, not a folder",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EFBIG: "free some space there, or raise the limit of file sizes (ulimit -f)",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,9 +108,9 @@ def _sentence(error: Exception) -> str | None:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         return f"{error.title}: {key}: {first['msg']}, not {first['input']!r}"
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
+    if isinstance(error, OSError) and (how := mend(error)) is not None:
         reason = (error.strerror or "error").lower()
-        return f"{error.filename or 'a file'}: {reason}; {_MENDABLE[error.errno]}"
+        return f"{error.filename or 'a file'}: {reason}; {how}"
     return None
 
 

@@ -44,28 +44,42 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the results are."""
-    from ..configs.load import load_config, to_yaml
+    from ..configs.early import signals_kept
     from ..configs.parent import LAUNCHER_ENDED, end_with_launcher
-    from ..pretrain.config import PretrainConfig
 
     end_with_launcher(LAUNCHER_ENDED)
+    if args.print_config or args.dry_run:
+        return _look(args)
+    with signals_kept():
+        return _train(args)
+
+
+def _look(args: argparse.Namespace) -> int:
+    """Say what a run would be."""
+    from ..configs.load import load_config, to_yaml
+    from ..pretrain.config import PretrainConfig
+
     config = load_config(PretrainConfig, args.config, args.overrides)
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
-    first = os.environ.get("RANK", "0") == "0"
-    if args.dry_run:
-        from ..pretrain.dry_run import dry_run
+    from ..pretrain.dry_run import dry_run
 
-        for line in dry_run(config):
-            print(line)
-        return 0
+    for line in dry_run(config):
+        print(line)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ..configs.load import load_config
+    from ..pretrain.config import PretrainConfig
     from ..pretrain.stop import exit_code
     from ..pretrain.train import train
 
+    config = load_config(PretrainConfig, args.config, args.overrides)
     with _Console() as console:
         outcome = train(config, console)
-    if first:
+    if os.environ.get("RANK", "0") == "0":
         still_read("stdout", lambda: print(_end(outcome), flush=True))
     return exit_code(outcome.reason)
 

@@ -26,6 +26,7 @@ __all__ = [
     "cache_dir",
     "fsync_files",
     "fsync_folder",
+    "is_open_at",
     "remove_temporaries",
     "resolve_data_path",
     "temporary_beside",
@@ -89,27 +90,33 @@ def fsync_files(folder: Path, names: Collection[str]) -> None:
 class SameFolder:
     """A run's folder that must stay the one it is: where a mount has vanished there is another beneath it."""
 
+    MARKS = ("lock", "config.yaml", "metrics.jsonl", "checkpoints")
+
     def __init__(self, run: Path) -> None:
-        """It is known by its ``config.yaml``; where that is not there yet, any folder will do."""
-        self.run, self._marker = run, run / "config.yaml"
-        self._marked = self._marker.is_file()
+        """It is known by what a run has in it, each of which somebody may remove; where there is nothing of
+        that yet, any folder will do."""
+        self.run = run
+        self._marked = self._is_marked()
+
+    def _is_marked(self) -> bool:
+        return any((self.run / name).exists() for name in self.MARKS)
 
     def check(self) -> None:
         """Raise OSError if it is another."""
-        if self._marked and not self._marker.is_file():
+        if self._marked and not self._is_marked():
             raise OSError(f"{self.run} no longer holds this run; has its disk been unmounted?")
 
 
 class Lines:
     """A file of a run to which lines are added. A full disk costs none of them: what cannot be written is
-    told once, waits, and is written with the next."""
+    told once, waits, and is written with the next. Where somebody removes the file, a new one is begun."""
 
     def __init__(self, path: Path) -> None:
         """It is made by the first call of ``add``, in the folder that is there now."""
         self.path = path
         self._folder = SameFolder(path.parent)
         self._handle: int | None = None
-        self._made = self._failing = False
+        self._failing = False
         self._waiting = bytearray()
 
     def add(self, *lines: str) -> None:
@@ -126,12 +133,12 @@ class Lines:
             self._shut()  # a mount that comes back has other handles
 
     def _write(self) -> None:
+        if self._handle is not None and not is_open_at(self._handle, self.path):
+            self._shut()
+            log.warning("%s is not the file it was; new lines go into what is there now", self.path)
         if self._handle is None:
             self._folder.check()
-            # made once: where a mount has vanished, a new file would lie beside the old one
-            flags = os.O_WRONLY | os.O_APPEND | (0 if self._made else os.O_CREAT)
-            self._handle = os.open(self.path, flags, 0o666)
-            self._made = True
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         while self._waiting:
             del self._waiting[: os.write(self._handle, self._waiting)]
 
@@ -145,6 +152,14 @@ class Lines:
         if self._waiting:
             self.add()
         self._shut()
+
+
+def is_open_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that stands at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
 
 
 def temporary_name(path: Path) -> Path:

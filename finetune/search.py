@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from ..configs.errors import UserError
+from ..configs.errors import UserError, unwritable
 from ..configs.files import atomic_write_text
 from .config import AdaptConfig, FinetuneConfig, HeadConfig
 from .config.search import import_optuna
@@ -225,10 +225,7 @@ class _Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.path, "".join(self._lines))
         except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror or error}); make room, then start the same "
-                "command"
-            ) from error
+            raise unwritable(self.path, error, then="then start the same command") from error
 
     def _read(self) -> None:
         try:

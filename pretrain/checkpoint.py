@@ -10,14 +10,15 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..configs import documents
-from ..configs.errors import UserError
-from ..configs.files import fsync_folder, temporary_name
+from ..configs.errors import UserError, unwritable
+from ..configs.files import TEMPORARY, fsync_folder, temporary_name
 from .manifest import MANIFEST, scan, seal, verify
 from .retention import superseded
 from .tensor_file import MEND, FileFacts, TensorFile, specs, write_tensors, write_text
@@ -91,9 +92,7 @@ def save(
         complete(temporary, final, {"step": step}, files)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{final} cannot be written ({error}); make room, then start the same command"
-        ) from error
+        raise unwritable(final, error, then="then start the same command") from error
     for old in superseded(scan(run), keep=keep, newest=step):
         remove(old.folder)
     return final
@@ -179,9 +178,11 @@ def remove_leftovers(run: Path) -> None:
     for path in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     for path in run.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if TEMPORARY.fullmatch(path.name) and path.is_file():  # all else is the user's
+            path.unlink(missing_ok=True)
     for path in run.glob(".seen_*"):
-        path.rmdir()
+        with suppress(OSError):
+            path.rmdir()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from ..configs.errors import UserError
+from ..configs.errors import UserError, unwritable
+from ..configs.files import SameFolder, is_open_at
 
 __all__ = ["RunLock"]
 
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 RESTART_S = 60.0
 """Seconds that a process which torchrun may have started again gives the one before, on whatever host, to
 end."""
-LOOK_S = 0.5
+LOOK_S = 1.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -33,6 +35,8 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "lock"
         self._handle: int | None = None
+        self._look_at = 0.0
+        self._same = SameFolder(folder)
 
     @property
     def held(self) -> bool:
@@ -59,11 +63,12 @@ class RunLock:
                 told = True
                 time.sleep(LOOK_S)
                 continue
-            if self._is_there(handle):
+            if is_open_at(handle, self.path):
                 self._handle = handle
             else:
                 os.close(handle)  # another process has just given it back
         self._sign()
+        self._same = SameFolder(self.folder)
         return self
 
     def _open(self) -> int:
@@ -71,9 +76,7 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(
-                f"out: {self.folder} cannot be written ({error.strerror}); choose another folder"
-            ) from error
+            raise unwritable(f"out: {error.filename or self.folder}", error) from error
 
     def _sign(self) -> None:
         """Write down who has it."""
@@ -102,21 +105,39 @@ class RunLock:
                 error.strerror,
             )
 
-    def _is_there(self, handle: int) -> bool:
+    def keep(self) -> None:
+        """Look, at most once a second, whether the file is still the one that is locked; where somebody has
+        removed it, lock it anew. Raises UserError if another process has done so: two would go on in one
+        folder. Without the lock nothing happens."""
+        now = time.monotonic()
+        if self._handle is None or now < self._look_at:
+            return
+        self._look_at = now + LOOK_S
+        if is_open_at(self._handle, self.path):
+            return
         try:
-            return os.path.samestat(os.fstat(handle), self.path.stat())
-        except OSError:
-            return False
+            self._same.check()
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:  # a disk that is full or gone, of which the next save tells
+            return
+        try:
+            self._lock(handle)
+        except UserError as error:
+            os.close(handle)
+            raise UserError(f"{self.path} was removed while this run trained, and {error}") from error
+        os.close(self._handle)
+        self._handle = handle
+        with suppress(OSError):
+            self._sign()
 
     def release(self) -> None:
         """Give it back, and leave no folder that has nothing else in it."""
         if self._handle is None:
             return
-        try:
-            self.path.unlink()
+        with suppress(OSError):  # the folder holds a run, or is no longer there
+            if is_open_at(self._handle, self.path):
+                self.path.unlink()
             self.folder.rmdir()
-        except OSError:  # the folder holds a run, or is no longer there
-            pass
         os.close(self._handle)
         self._handle = None
 

@@ -4,6 +4,7 @@ Every process builds the same model, opens its share of the stream and the run f
 run stopped.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ from .resume import start_from
 from .run import NONE, compare, config_hash, run_path, write_config
 from .saver import Saver, require_shared
 from .state import TrainState
-from .tracking import GROUP_BYTES, GROUP_NAME, Tracker, cut_metrics
+from .tracking import GROUP_BYTES, GROUP_NAME, Tracker, cut_metrics, read_metrics
 from .watch import Watch
 
 __all__ = ["RunParts", "Show"]
@@ -154,12 +155,13 @@ class RunParts:
         if self.world_size > 1:
             require_shared(self.folder)
         changes = on_rank_0(lambda: compare(config, self._stored(name), force=config.resume.force))
+        self.changes = changes or NONE
         if name:
             with together():
-                self.state.load(Path(name), **config.resume.model_dump(exclude={"start"}))
+                forced = self.state.load(Path(name), **config.resume.model_dump(exclude={"start"}))
+            self.changes = replace(self.changes, forced=forced | self.changes.forced)
             left = max(0, self.total_samples - self.state.samples_seen)
             self.total_steps = self.state.step - (-left // self.batch_size)
-        self.changes = changes or NONE
         on_rank_0(lambda: write_config(config, self.folder, self.changes, self.state.step))
         with together():  # before any rank of this machine notes its own
             if distributed.local_rank() == 0:
@@ -187,24 +189,25 @@ class RunParts:
         if self.folder in saved.parents and saved.is_file() and not own.exists():
             with saved.open("rb") as file:
                 atomic_write_bytes(own, file.read(GROUP_BYTES))
-        return Tracker(self.folder, self.config.tracking, self.config.model_dump(mode="json"))
+        shown = self.config.model_dump(mode="json")
+        return Tracker(self.folder, self.config.tracking, shown, strict=not checkpoint)
 
-    def _stored(self, checkpoint: str) -> Path:
-        """The config of the run that goes on: the folder's own, else the checkpoint's or, of an earlier
-        version, its run's. Raises UserError, unless forced, where there is none: a difference would not be
-        seen."""
-        own = self.folder / "config.yaml"
-        if own.is_file() or not checkpoint:
-            return own
-        stored = Path(checkpoint, "config.yaml")
-        if not stored.is_file() and stored.parent.parent.name == "checkpoints":
-            stored = Path(checkpoint).parent.parent / "config.yaml"
-        if not stored.is_file() and not self.config.resume.force:
+    def _stored(self, checkpoint: str) -> list[Path]:
+        """Configs that the run may go on with: the folder's own, if something was trained with it, and the
+        checkpoint's or, of an earlier version, its run's. Raises UserError, unless forced, where there is
+        none: a difference would not be seen."""
+        own, saved = self.folder / "config.yaml", Path(checkpoint, "config.yaml")
+        if not saved.is_file() and saved.parent.parent.name == "checkpoints":
+            saved = Path(checkpoint).parent.parent / "config.yaml"
+        trained = bool(read_metrics(self.folder / "metrics.jsonl"))
+        found = [own] * trained + [saved] * bool(checkpoint)
+        found = [file for file in dict.fromkeys(found) if file.is_file()]
+        if checkpoint and not found and not self.config.resume.force:
             raise UserError(
                 f"resume.start: {checkpoint} has no config.yaml, so that settings cannot be compared; put "
                 "that of its run there, or set resume.force=true"
             )
-        return stored
+        return found
 
     def log(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row to the metrics, and show it; on rank 0."""

@@ -66,7 +66,15 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
         raise UserError(
             f"resume: must, but {run} holds no checkpoint; check out, or set resume=auto to start"
         )
-    return own if own is not None or config.start in POLICIES else _elsewhere(config.start, without)
+    if own is None and config.start not in POLICIES:
+        return _elsewhere(config.start, without)
+    asked = Path(config.start).expanduser().resolve()
+    if own is not None and asked.parent == (run / "checkpoints").resolve() and asked.name != own.name:
+        raise UserError(
+            f"resume.start: {config.start} is of this run, which goes on from {own.name}; set out to another "
+            f"folder to go on from {asked.name} there, or remove what is newer"
+        )
+    return own
 
 
 def _check_that_none_was_saved(run: Path) -> None:

@@ -7,12 +7,12 @@ with ``resume.force``, ``FIXED`` ones never, since the checkpoint would not fit.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configs.errors import UserError
+from ..configs.errors import UserError, unwritable
 from ..configs.files import atomic_write_text
 from ..configs.load import load_config, to_yaml
 from .config import PretrainConfig
@@ -124,35 +124,54 @@ class Changes:
 NONE = Changes({}, {})
 
 
-def compare(config: PretrainConfig, stored: Path, *, force: bool = False) -> Changes:
-    """What differs from the config file ``stored``; none if it is not there.
+def compare(config: PretrainConfig, stored: Sequence[Path], *, force: bool = False) -> Changes:
+    """What differs from the first of the config files ``stored`` with which ``config`` may go on; none if
+    there is no file.
 
-    Raises UserError, naming keys and reasons, for what may not change, or not without ``force``.
+    Raises UserError, naming keys and reasons, if it may with none of them: for what may not change, or not
+    without ``force``.
     """
-    if not stored.is_file():
-        return NONE
+    problems: list[UserError] = []
+    for file in stored:
+        try:
+            changed = _changed(config, file)
+            _refuse(changed, file, force=force)
+        except UserError as error:
+            problems.append(error)
+            continue
+        told = {key: values for key, values in changed.items() if _told(key)}
+        forced = {key: values for key, values in told.items() if not _is_free(key)}
+        return Changes({key: values for key, values in told.items() if key not in forced}, forced)
+    if problems:
+        raise problems[0]
+    return NONE
+
+
+def _changed(config: PretrainConfig, stored: Path) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which a config differs from a file, the file's value and the config's."""
     old = load_config(PretrainConfig, stored)
-    changed = {key: (was, now) for key, was, now in _differences(_plain(old), _plain(config))}
-    refused = {key: _why(key, FIXED) for key in changed if _why(key, FIXED)}
-    if not refused and not force:
+    return {key: (was, now) for key, was, now in _differences(_plain(old), _plain(config))}
+
+
+def _refuse(changed: Mapping[str, tuple[Any, Any]], stored: Path, *, force: bool) -> None:
+    """Raise UserError if something has changed that may not."""
+    refused = {key: why for key in changed if (why := _why(key, FIXED))}
+    if None in changed.get("optim.ema_decay", ()):
+        refused["optim.ema_decay"] = "an average neither begins nor ends within a run"
+    fixed = bool(refused)
+    if not fixed and not force:
         refused = {key: _why(key, GUARDED) for key in changed if not _is_free(key)}
-    if refused:
-        told = [
-            f"{key} was {json.dumps(changed[key][0])}, now {json.dumps(changed[key][1])}: {why}"
-            for key, why in list(refused.items())[:5]
-        ]
-        more = f", and {len(refused) - 5} more" if len(refused) > 5 else ""
-        how = (
-            "" if any(_why(key, FIXED) for key in refused) else ", or set resume.force=true to go on with it"
-        )
-        raise UserError(
-            f"{stored.parent} holds a run with other settings ({'; '.join(told)}{more}); set out to another "
-            f"folder for a new run, undo the change to go on with this one{how}"
-        )
-    free = {key for key in changed if _is_free(key)}
-    return Changes(
-        {key: changed[key] for key in changed if key in free and _told(key)},
-        {key: changed[key] for key in changed if key not in free},
+    if not refused:
+        return
+    told = [
+        f"{key} was {json.dumps(changed[key][0])}, now {json.dumps(changed[key][1])}: {why}"
+        for key, why in list(refused.items())[:5]
+    ]
+    more = f", and {len(refused) - 5} more" if len(refused) > 5 else ""
+    how = "" if fixed else ", or set resume.force=true to go on with it"
+    raise UserError(
+        f"{stored.parent} holds a run with other settings ({'; '.join(told)}{more}); set out to another "
+        f"folder for a new run, undo the change to go on with this one{how}"
     )
 
 
@@ -168,9 +187,7 @@ def write_config(config: PretrainConfig, folder: Path, changes: Changes, step: i
                 file.write(json.dumps(row) + "\n")
         atomic_write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
-        raise UserError(
-            f"out: {folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise unwritable(f"out: {folder}", error) from error
 
 
 def config_hash(config: PretrainConfig) -> str:

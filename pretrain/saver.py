@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..configs.errors import UserError
+from ..configs.errors import UserError, mend, unwritable
 from ..configs.files import SameFolder, fsync_files
 from . import checkpoint, distributed
 from .agree import on_rank_0, together
@@ -40,7 +40,7 @@ class _Job:
     def __init__(self, work: Callable[[], Files]) -> None:
         self._error: BaseException | None = None
         self.files: Files = {}
-        self.problem = ""
+        self.problem = self.mend = ""
         # the thread lets go of its work at its end: the work knows the save, and the save knows this job, so
         # that a copy of the state would stay until the next collection of garbage
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
@@ -49,8 +49,10 @@ class _Job:
     def _run(self, work: Callable[[], Files]) -> None:
         try:
             self.files = work()
-        except (OSError, UserError) as error:
-            self.problem = str(error)
+        except OSError as error:
+            self.problem, self.mend = str(error), mend(error, elsewhere=False) or "mend that"
+        except UserError as error:
+            self.problem, self.mend = str(error), "mend that"
         except BaseException as error:  # a mistake of ours, raised where the loop is
             self._error = error
 
@@ -130,7 +132,7 @@ class Saver:
         self._attempts = self._failed = 0
         self._scores: tuple[int, Mapping[str, float]] = (-1, {})
         self._now: _Save | None = None
-        self._problem = ""
+        self._problem = self._mend = ""
         self._retry_at = 0.0
         self._retry = False
 
@@ -181,8 +183,8 @@ class Saver:
                 time.sleep(pause if self._failed else 0)
                 self._begin()
         raise UserError(
-            f"{self._problem}, and it was tried {len(LAST_PAUSES_S)} times; make room, then the same command "
-            f"goes on after step {self.saved_step}"
+            f"{self._problem}, and it was tried {len(LAST_PAUSES_S)} times; {self._mend}, then the same "
+            f"command goes on after step {self.saved_step}"
         )
 
     def wait(self) -> None:
@@ -241,9 +243,12 @@ class Saver:
         assert now is not None
         if now.job is not None:
             now.job.join()
-        own = {} if now.job is None else {"problem": now.job.problem, "files": now.job.files}
+        own: dict[str, Any] = {}
+        if now.job is not None:
+            own = {"problem": now.job.problem, "mend": now.job.mend, "files": now.job.files}
         every = distributed.gather_json(own)
-        problem = next((one["problem"] for one in every if one.get("problem")), "")
+        failed = next((one for one in every if one.get("problem")), {"problem": "", "mend": ""})
+        problem, self._mend = failed["problem"], failed["mend"]
         files = {name: entry for one in every for name, entry in one.get("files", {}).items()}
         if now.parts and not problem:
             now.parts = False
@@ -275,7 +280,7 @@ class Saver:
         if self._failed >= self.config.max_failed_saves:
             raise UserError(
                 f"checkpoint.max_failed_saves: {self._failed} saves in a row have failed, at last: "
-                f"{self._problem}; make room, then the same command goes on after step {self.saved_step}"
+                f"{self._problem}; {self._mend}, then the same command goes on after step {self.saved_step}"
             )
 
     def _wait_for_the_one_before(self) -> None:
@@ -295,7 +300,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"out: {folder} cannot be made ({error.strerror}); choose another folder") from error
+        raise unwritable(f"out: {folder}", error) from error
 
 
 def require_shared(run: Path) -> None:

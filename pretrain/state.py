@@ -156,32 +156,40 @@ class TrainState:
         documents |= {} if layout is None else {LAYOUT_NAME: layout}
         return {name: checkpoint.as_text(document) for name, document in documents.items()}
 
-    def load(self, folder: Path, *, allow_partial: bool = False, force: bool = False) -> None:
-        """Take back what a checkpoint holds, in any number of processes; nothing is communicated.
+    def load(
+        self, folder: Path, *, allow_partial: bool = False, force: bool = False
+    ) -> dict[str, tuple[Any, Any]]:
+        """Take back what a checkpoint holds, in any number of processes; nothing is communicated. Returns
+        what of the data was forced upon it: a key, the old and the new fingerprint.
 
         Raises UserError if it is of another model, optimizer or data set, or if a part is missing, which is
         named; with ``allow_partial`` that part stays as it is, with a warning. With ``force`` another data
         set or order goes on with the next epoch, with a warning.
         """
         trainer = self.go_back(folder, allow_partial=allow_partial)
+        forced: dict[str, tuple[Any, Any]] = {}
         with as_written(folder / TRAINER_NAME, MEND):
             if "stream" in trainer:
-                self._load_stream(trainer["stream"], force=force)
+                forced = self._load_stream(trainer["stream"], force=force)
             if self.guard is not None and trainer.get("guard") is not None:
                 self.guard.load_state_dict(trainer["guard"])
             self.step, self.samples_seen = int(trainer["step"]), int(trainer["samples_seen"])
         if (folder / RNG_NAME).is_file():
             self._load_rng(folder / RNG_NAME)
+        return forced
 
-    def _load_stream(self, state: dict[str, Any], *, force: bool) -> None:
+    def _load_stream(self, state: dict[str, Any], *, force: bool) -> dict[str, tuple[Any, Any]]:
         try:
             self.stream.load_state_dict(state)
+            return {}
         except UserError as error:
             if not force:
                 raise
+            was, now = state.get("fingerprint"), self.stream.state_dict()["fingerprint"]
             self.stream.skip_to_next_epoch(state)
             if distributed.rank() == 0:
                 log.warning("%s; resume.force: the data goes on with epoch %d", error, self.stream.place[0])
+            return {"data.train": (was, now)} if was != now else {}
 
     def go_back(self, folder: Path, *, allow_partial: bool = False) -> dict[str, Any]:
         """Take weights, averages, optimizer and scaler of a checkpoint, and leave all else where it is:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from ..configs import early
 from ..configs.parent import LAUNCHER_ENDED
 from . import meeting
 from .agree import launched
@@ -194,6 +195,8 @@ def stop_on_signals(leave: Callable[[str], object] | None = None) -> Generator[S
     listener = threading.Thread(target=stop.listen, args=(mine,), daemon=True)
     listener.start()
     _listening.append(stop)
+    if early.came:
+        stop.reason = _reason(early.came[0])
     try:
         yield stop
     finally:

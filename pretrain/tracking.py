@@ -32,6 +32,8 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 GROUP_NAME = "wandb_group.txt"
+INIT_S = 60.0
+"""How long W&B may try to reach its server at a start."""
 GROUP_BYTES = 1024  # more than the file of any
 _NAME, _TAG = re.compile(r"[^\x00-\x1f\x7f/\\#?%:]{1,128}"), re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 
@@ -100,16 +102,19 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 class Tracker:
     """Where a run's numbers go. One process of a run has it."""
 
-    def __init__(self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], *, strict: bool = True
+    ) -> None:
         """``folder``: the run's, made if absent. ``run_config``: plain values shown beside the curves.
 
-        Raises UserError if W&B cannot be started online.
+        Where W&B cannot be reached its files stay here, with a warning. For anything else that it refuses,
+        such as a start without a login, UserError is raised; without ``strict`` that too is a warning.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self._lines = Lines(self.path)
         self._lines.add()
-        self._wandb = None if config.wandb == "off" else _start_wandb(folder, config, run_config)
+        self._wandb = _start_wandb(folder, config, run_config, strict=strict)
         self.group = "" if self._wandb is None else _group_of(folder)
         """Of this run in W&B."""
 
@@ -139,29 +144,31 @@ class Tracker:
             work(self._wandb)
         except Exception as error:
             self._wandb = None
-            reason = " ".join(str(error).split())[:200]
             log.warning(
-                "W&B has ended (%s: %s): nothing more goes there until the next start; %s has everything",
-                type(error).__name__,
-                reason,
+                "W&B has ended (%s): nothing more goes there until the next start; %s has everything",
+                _told(error),
                 self.path,
             )
 
 
 def track_evaluation(folder: Path, config: TrackingConfig, result: Mapping[str, Any]) -> None:
     """Send what ``evaluate`` returned for the run in ``folder`` to W&B: a run of kind ``evaluate`` in the
-    training's group, with every score (``retrieval/GALLERY/DIRECTION/R@K``) and the example pictures."""
-    if config.wandb == "off":
+    training's group, with every score (``retrieval/GALLERY/DIRECTION/R@K``) and the example pictures. What
+    fails there is a warning: the scores are in ``evaluate.json``."""
+    run = _start_wandb(folder, config, {"checkpoint": result["checkpoint"]}, kind="evaluate", strict=False)
+    if run is None:
         return
     import wandb
 
-    run = _start_wandb(folder, config, {"checkpoint": result["checkpoint"]}, kind="evaluate")
-    pictures = {
-        name: wandb.Image(str(Path(result["folder"], file))) for name, file in result["pictures"].items()
-    }
-    parts = {key: result[key] for key in ("retrieval", "zero_shot", "linear_probe")}
-    run.log({**dict(_scores(parts)), **pictures})
-    run.finish()
+    try:
+        pictures = {
+            name: wandb.Image(str(Path(result["folder"], file))) for name, file in result["pictures"].items()
+        }
+        parts = {key: result[key] for key in ("retrieval", "zero_shot", "linear_probe")}
+        run.log({**dict(_scores(parts)), **pictures})
+        run.finish()
+    except Exception as error:
+        log.warning("the scores did not reach W&B (%s); evaluate.json has them", _told(error))
 
 
 def _scores(part: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, float]]:
@@ -192,32 +199,62 @@ def _group_of(folder: Path) -> str:
 
 
 def _start_wandb(
-    folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], kind: str | None = None
+    folder: Path,
+    config: TrackingConfig,
+    run_config: Mapping[str, Any],
+    *,
+    strict: bool,
+    kind: str | None = None,
 ) -> Any:
-    """A W&B run whose files lie in ``folder/wandb``."""
+    """A W&B run whose files lie in ``folder/wandb``; None if there is to be none, or it cannot be."""
+    if config.wandb == "off":
+        return None
+    import wandb
+    from wandb.errors import CommError
+
+    reason = ""
+    online = config.wandb == "online" and os.environ.get("WANDB_MODE") != "offline"
+    for mode in ("online", "offline") if online else ("offline",):
+        try:
+            return _init(folder, config, run_config, kind, mode)
+        except (wandb.Error, OSError, ValueError) as error:
+            reason = _told(error)
+            if strict and (mode == "offline" or not isinstance(error, CommError)):
+                raise UserError(
+                    f"tracking.wandb: cannot start a run {mode} ({reason}); mend that (a login is made with "
+                    f"`wandb login`), or set tracking.wandb={'off' if mode == 'offline' else 'offline'}"
+                ) from error
+        if mode == "online":
+            log.warning(
+                "tracking.wandb: W&B cannot be had (%s); this start stays in %s, for `wandb sync`",
+                reason,
+                folder / "wandb",
+            )
+    log.warning("tracking.wandb: nothing goes to W&B until the next start (%s)", reason)
+    return None
+
+
+def _told(error: Exception) -> str:
+    """What W&B says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _init(
+    folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], kind: str | None, mode: Any
+) -> Any:
     import wandb
 
-    group = _group_of(folder)
-    online = config.wandb == "online" and os.environ.get("WANDB_MODE") != "offline"
-    mode = "online" if online else "offline"
-    try:
-        run = wandb.init(
-            project=config.project,
-            entity=config.entity or None,
-            group=group,
-            job_type=kind,
-            name=_name_of(folder),
-            tags=list(config.tags),
-            config=dict(run_config),
-            dir=str(folder),
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
-        )
-    except (wandb.Error, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"tracking.wandb: cannot start a run {mode} ({reason}); run `wandb login`, or set "
-            "tracking.wandb=offline"
-        ) from error
+    run = wandb.init(
+        project=config.project,
+        entity=config.entity or None,
+        group=_group_of(folder),
+        job_type=kind,
+        name=_name_of(folder),
+        tags=list(config.tags),
+        config=dict(run_config),
+        dir=str(folder),
+        mode=mode,
+        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_S, x_disable_stats=True),
+    )
     run.define_metric("*", step_metric="samples_seen")
     return run

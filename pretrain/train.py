@@ -74,7 +74,7 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
             device = distributed.setup(config.train.device, timeout_s=config.watch.startup_timeout_s)
             on_rank_0(lambda: begun(lock.take().folder))
             run = _Run(config, device, watch)
-            run.show = show if run.rank == 0 else None
+            run.show, run.lock = show if run.rank == 0 else None, lock
             try:
                 return run.go(stop)
             finally:
@@ -94,6 +94,8 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
 
 class _Run(RunParts):
     """The loop over one process's share of a run."""
+
+    lock: RunLock
 
     def go(self, stop: StopRequest) -> Outcome:
         """The loop."""
@@ -196,6 +198,7 @@ class _Run(RunParts):
             with clock.waiting(), stop.waiting(interrupt=self.config.data.workers == 0):
                 batch = next(self.stream)
             batch = self.to_device(batch)
+            self.lock.keep()
         except Stopped:
             pass
         except UserError as error:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("diptych")
 REQUIRE_ALL = os.environ.get("DIPTYCH_REQUIRE_ALL") == "1"
+NO_TEST_AFTER = float(os.environ.get("DIPTYCH_NO_TEST_AFTER", "inf"))
+"""Seconds since the epoch; a test that would begin later is skipped, and listed."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +62,20 @@ def require() -> Callable[[object, str], None]:
     return check
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A machine that is slow today runs as many tests as it has time for."""
+    if time.time() > NO_TEST_AFTER:
+        item.add_marker("late")
+        pytest.skip(f"no time left for {item.nodeid}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Where everything must run, a skipped test is a failed one; a GPU or leave to mount may be absent."""
+    """Where everything must run, a skipped test is a failed one; a GPU, leave to mount or time may be
+    absent."""
     report = yield
-    marked = any(item.get_closest_marker(name) is not None for name in ("gpu", "mount"))
+    marked = any(item.get_closest_marker(name) is not None for name in ("gpu", "mount", "late"))
     excused = marked or hasattr(report, "wasxfail")
     if REQUIRE_ALL and report.skipped and not excused:
         report.outcome = "failed"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...configs.documents import as_written, read_document
-from ...configs.errors import UserError
+from ...configs.errors import UserError, unwritable
 from ...configs.files import fsync_folder, temporary_name
 from ...pretrain.model import Encoders, LoadedModel, load_model
 from ...pretrain.towers import write_open_clip
@@ -60,9 +60,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         fsync_folder(folder.parent)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror or error}); make room, then start the same command"
-        ) from error
+        raise unwritable(folder, error, then="then start the same command") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -146,3 +146,17 @@ def test_lines_of_a_run_wait_while_its_disk_is_away(tmp_path: Path, caplog: pyte
     lines.add("3\n")
     lines.close()
     assert (run / "bad_steps.jsonl").read_text() == "1\n2\n3\n"
+
+
+def test_lines_go_into_a_new_file_where_the_old_one_was_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.add("1\n")
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "config.yaml").touch()
+    lines.add("2\n")
+    lines.add("3\n")
+    assert (tmp_path / "metrics.jsonl").read_text() == "2\n3\n"
+    assert [text.partition(" is not the file it was")[0] for text in caplog.messages] == [str(lines.path)]
+    lines.close()

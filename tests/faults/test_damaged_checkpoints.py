@@ -175,14 +175,21 @@ def test_the_command_lists_verifies_and_prunes(run: Path, capsys: pytest.Capture
     file.write_bytes(data)
     assert main(["checkpoint", "verify", str(run)]) == 1
     assert f"step 2: {file} is damaged (its sha256 differs)" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", str(file.parent.with_name("step_00000001"))]) == 0
+    assert capsys.readouterr().out == "step 1: whole\n"
+    assert main(["checkpoint", "verify", str(file.parent.with_name("step_00000003"))]) == 2
+    assert f"list {run}` names all" in capsys.readouterr().err
     assert main(["checkpoint", "prune", str(run), "--keep", "1", "--yes"]) == 0
-    assert "0 checkpoints removed" in capsys.readouterr().out  # a damaged newest one is none
+    out = capsys.readouterr().out
+    assert "step 2 does not count: " in out
+    assert "0 checkpoints removed" in out
     data[-3] ^= 4
     file.write_bytes(data)
     assert main(["checkpoint", "prune", str(run), "--keep", "1", "--keep-every", "1", "--yes"]) == 0
     assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
     out = capsys.readouterr().out
     assert "would remove" in out
+    assert "1 checkpoint (" in out
     assert "1 stay; add --yes" in out
     assert len(list((run / "checkpoints").iterdir())) == 2
     assert main(["checkpoint", "prune", str(run), "--keep", "1", "--yes"]) == 0

@@ -120,7 +120,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_nothing_else(
     # to the end full: one sentence, and the same command goes on when there is room
     monkeypatch.setattr(saver, "LAST_PAUSES_S", (0.0, 0.1))
     again = disk / "again"
-    with pytest.raises(UserError, match=r"No space left .* make room, then the same command") as caught:
+    with pytest.raises(UserError, match=r"No space left .* make room there, then the same command") as caught:
         train(load(config, again, *SHORT), At(step_5=lambda: fill(disk)))
     assert "\n" not in str(caught.value)
     free(disk)
@@ -160,12 +160,23 @@ def test_a_folder_that_turns_read_only_is_told_and_waited_for(
     assert_same(run, straight)
 
 
-def test_a_folder_of_checkpoints_that_is_removed_in_training_is_made_again(
-    config: Path, straight: Path, tmp_path: Path
+@pytest.mark.parametrize("names", [["checkpoints"], ["config.yaml", "lock"], ["metrics.jsonl"]])
+def test_a_run_goes_on_without_what_somebody_removes_from_its_folder(
+    names: list[str], config: Path, straight: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(load(config, run, *SHORT), At(step_7=lambda: (run / "checkpoints").rename(tmp_path / "away")))
+
+    def remove() -> None:
+        for name in names:
+            (run / name).rename(tmp_path / name)
+
+    train(load(config, run, *SHORT), At(step_7=remove))
+    if names == ["metrics.jsonl"]:
+        lines = (tmp_path / "metrics.jsonl").read_bytes() + (run / "metrics.jsonl").read_bytes()
+        assert rows(run)[0]["step"] == 8
+        (run / "metrics.jsonl").write_bytes(lines)
     assert_same(run, straight)
+    assert train(load(config, run, *SHORT)).step == STEPS
 
 
 @pytest.mark.parametrize("size", ["96k", "4k"])

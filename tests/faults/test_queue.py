@@ -113,3 +113,25 @@ def test_torchruns_script_starts_dead_ranks_again_and_says_how_it_ended(
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err[-3000:]
     assert [step for step, _ in losses(run)] == list(range(1, 21))
+
+
+def test_told_to_stop_before_anything_runs_is_a_reason_to_start_again(
+    config: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = start("pretrain.sbatch", environment, run, config)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        time.sleep(0.01)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    out, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err[-3000:]
+    assert out.endswith("told to stop before the run had begun\n")
+    assert f"requeue {environment['SLURM_JOB_ID']}" in (tmp_path / "asked").read_text()
+
+    job = start("torchrun.sh", environment, run, config)
+    while not Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=200)
+    assert job.returncode == 75, err[-3000:]
+    assert out.startswith("told to stop, and nothing new was saved (exit code ")

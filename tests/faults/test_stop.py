@@ -219,3 +219,31 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(
     assert marker(out)["checkpoint"] == f"checkpoints/step_{step:08d}"
     finish(launch(config, out, 2))
     assert_same(out, straight)
+
+
+EARLY = """
+import os, signal, sys
+
+class Told:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Told())
+from diptych.cli.main import main
+sys.exit(main(["pretrain", *sys.argv[1:]]))
+"""
+
+
+def test_a_signal_while_torch_is_loaded_is_a_stop_too(config: Path, tmp_path: Path) -> None:
+    words = [str(config), f"out={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "-c", EARLY, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stopped while it started" in done.stdout
+    assert marker(tmp_path / "run") == {"step": 0, "samples_seen": 0, "checkpoint": None, "reason": "SIGTERM"}
+    refused = subprocess.run(
+        [sys.executable, "-c", EARLY, "nowhere.yaml"], capture_output=True, text=True, timeout=200
+    )
+    assert refused.returncode == 2
+    assert "nowhere.yaml" in refused.stderr

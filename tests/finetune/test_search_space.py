@@ -327,5 +327,5 @@ def test_damaged_trials_are_told_with_the_mend(damage: Any, said: str, tmp_path:
 
 def test_trials_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     (tmp_path / "search").write_text("in the way")
-    with pytest.raises(UserError, match=r"trials.jsonl cannot be written \(.*\); make room"):
+    with pytest.raises(UserError, match=r"trials.jsonl cannot be written \(.*\); check the path, then"):
         found(config_of(tmp_path, "search.trials=2"), tmp_path, "concat", made_up)

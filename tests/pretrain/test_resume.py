@@ -7,7 +7,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def keys(model: type[BaseModel]) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in inner.model_fields)
         else:
             yield name
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Run in a process of its own; its UserError is raised here."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        except UserError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        if text := pipe.read():
+            raise UserError(text)
 
 
 def test_every_key_of_the_config_is_in_exactly_one_class() -> None:
@@ -210,7 +227,7 @@ def test_a_forced_change_of_order_goes_on_with_the_next_epoch(
 
 def test_moved_data_is_no_other_setting_but_other_weights_are(file: Path, tmp_path: Path) -> None:
     def change(*words: str) -> Any:
-        return compare(load(file, tmp_path, *words), tmp_path / "config.yaml")
+        return compare(load(file, tmp_path, *words), [tmp_path / "config.yaml"])
 
     weighed = "data.train=[{{data: {}, weight: {}}}]"
     write_config(load(file, tmp_path, weighed.format("here", 1.0)), tmp_path, NONE, 0)
@@ -234,14 +251,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(file: Path, done: P
 
 def test_the_lock_is_its_owners_and_not_his_childrens(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "run").take()
-    child = os.fork()
-    if child == 0:
-        try:
-            RunLock(tmp_path / "run").take()
-        except UserError:
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(UserError, match="is in use by process"):
+        in_child(lambda: RunLock(tmp_path / "run").take())
     lock.release()
     assert not (tmp_path / "run").exists()  # nothing else was in it
     with RunLock(tmp_path / "run") as again:
@@ -267,6 +278,49 @@ def test_a_process_that_may_be_a_restarted_one_waits_for_the_one_before(
     with held(run), pytest.raises(UserError, match="is in use by process"):
         RunLock(run).take()
     assert time.monotonic() - began >= 0.6
+
+
+def test_a_lock_that_somebody_removes_is_taken_again_unless_another_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(owner, "LOOK_S", 0.0)
+    with RunLock(run) as lock:
+        (run / "config.yaml").touch()
+        (run / "lock").unlink()
+        lock.keep()
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+            in_child(lambda: RunLock(run).take())
+        (run / "lock").unlink()
+        with (
+            held(run) as pid,
+            pytest.raises(UserError, match=rf"was removed while .* in use by process {pid} on .*; wait"),
+        ):
+            lock.keep()
+    assert (run / "lock").exists()  # the other's
+    with RunLock(run) as lock:
+        run.rename(tmp_path / "disk")  # a mount that vanishes
+        run.mkdir()
+        lock.keep()
+        assert list(run.iterdir()) == []
+
+
+def test_a_run_whose_folder_another_has_taken_over_ends(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    class Thief(Facts):
+        def row(self, row: dict[str, Any]) -> None:
+            if row["step"] == 2:
+                (out / "lock").unlink()
+                stack.enter_context(held(out))
+                time.sleep(owner.LOOK_S)
+
+    with (
+        ExitStack() as stack,
+        pytest.raises(UserError, match=r"lock was removed while this run trained, and .* is in use by"),
+    ):
+        train(load(file, out), Thief())
+    assert newest_checkpoint(out) is None
 
 
 @pytest.mark.parametrize(("was", "now"), PretrainConfig.moved.items())

@@ -137,7 +137,12 @@ def test_a_broken_config_names_file_and_line(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("number", "mend"),
-    [(errno.ENOSPC, "free some space"), (errno.EACCES, "that you may use"), (errno.EROFS, "can be written")],
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EACCES, "the right to use it"),
+        (errno.EROFS, "make it writable"),
+        (errno.EIO, "its disk or server is well"),
+    ],
 )
 def test_what_the_machine_refuses_is_told_with_its_file(
     number: int, mend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,123 @@
+"""Settings that change between two starts of a run: what a start that came to nothing leaves, and what is
+told of forced ones."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diptych.configs.errors import UserError
+from diptych.pretrain.checkpoint import newest_checkpoint
+from diptych.pretrain.train import train
+
+from .train_runs import BATCH, load, losses, make_data, write_config
+
+SHORT, LONGER = f"train.total_samples={4 * BATCH}", f"train.total_samples={6 * BATCH}"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("changes")
+    data = make_data(folder / "data")
+    return write_config(folder / "run.yaml", data, evaluate={"data": None}, checkpoint={"every_steps": 2})
+
+
+@pytest.fixture
+def run(file: Path, tmp_path: Path) -> Path:
+    """A run of four steps, with checkpoints of steps 2 and 4."""
+    train(load(file, tmp_path / "run", SHORT))
+    return tmp_path / "run"
+
+
+class Full(RuntimeError):
+    """Ends a run at its start, as a lack of memory would."""
+
+
+class Ends:
+    """Ends the run before its first step, or after a step."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+
+    def start(self, facts: dict[str, Any]) -> None:
+        if self.step == 0:
+            raise Full
+
+    def row(self, row: dict[str, Any]) -> None:
+        if row["step"] == self.step:
+            raise Full
+
+
+def changes(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
+
+
+def test_a_start_that_trained_nothing_binds_nobody(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(Full):
+        train(load(file, tmp_path / "run", SHORT, "model.embed_dim=8", "seed=7"), Ends())
+    assert train(load(file, tmp_path / "run", SHORT)).step == 4
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
+
+
+def test_rows_of_another_config_are_not_written_over(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(Full):
+        train(load(file, tmp_path / "run", SHORT), Ends(1))
+    with pytest.raises(UserError, match="seed was 0, now 7"):
+        train(load(file, tmp_path / "run", SHORT, "seed=7"))
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_forced_change_of_which_nothing_was_saved_can_be_undone(file: Path, run: Path, step: int) -> None:
+    forced = (LONGER, "optim.lr=0.5", "resume.force=true")
+    with pytest.raises(Full):
+        train(load(file, run, *forced), Ends(step))
+    assert changes(run)[-1]["forced"] == {
+        "optim.lr": [2e-3, 0.5],
+        "train.total_samples": [4 * BATCH, 6 * BATCH],
+    }
+    if step:  # what was trained with it goes on by the same settings, too
+        again = Path(shutil.copytree(run, run.with_name("again")))
+        assert train(load(file, again, LONGER, "optim.lr=0.5")).step == 6
+    assert train(load(file, run, SHORT)).step == 4
+    with pytest.raises(UserError, match=r"optim.lr was 0.002, now 0.1"):
+        train(load(file, run, SHORT, "optim.lr=0.1"))
+
+
+def test_a_config_that_was_damaged_is_read_from_the_checkpoint(file: Path, run: Path) -> None:
+    (run / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match=r"config.yaml is not YAML"):
+        train(load(file, run, SHORT, "seed=7"))
+    assert train(load(file, run, SHORT)).step == 4
+    assert "model: [" not in (run / "config.yaml").read_text()
+
+
+def test_other_data_that_is_forced_is_written_down(file: Path, run: Path) -> None:
+    other = make_data(run.with_name("data"))
+    shutil.rmtree(other / "train")
+    shutil.copytree(other / "val", other / "train")
+    forced = (LONGER, f"data.train={other / 'train'}")
+    with pytest.raises(UserError, match=r"data.train"):
+        train(load(file, run, *forced[1:], SHORT))
+    assert train(load(file, run, *forced, "resume.force=true")).step == 6
+    was, now = changes(run)[-1]["forced"]["data.train"]
+    assert was != now
+    assert train(load(file, run, *forced)).step == 6  # and binds from then on
+
+
+def test_an_average_neither_begins_nor_ends_and_nobody_is_told_to_force_it(file: Path, run: Path) -> None:
+    with pytest.raises(UserError, match=r"optim.ema_decay was 0.9, now null: an average neither") as caught:
+        train(load(file, run, SHORT, "optim.ema_decay=null", "resume.force=true"))
+    assert "force" not in str(caught.value)
+    assert train(load(file, run, LONGER, "optim.ema_decay=0.99", "resume.force=true")).step == 6
+
+
+def test_an_older_step_of_the_run_itself_is_gone_back_to_elsewhere(file: Path, run: Path) -> None:
+    older = run / "checkpoints" / "step_00000002"
+    with pytest.raises(UserError, match=r"goes on from step_00000004; set out to another folder"):
+        train(load(file, run, SHORT, f"resume={older}"))
+    assert train(load(file, run.with_name("back"), SHORT, f"resume={older}")).step == 4
+    assert losses(run.with_name("back")) == losses(run)[2:]
+    newest = newest_checkpoint(run)
+    assert train(load(file, run, SHORT, f"resume={newest}")).step == 4
