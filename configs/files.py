@@ -90,20 +90,17 @@ def fsync_files(folder: Path, names: Collection[str]) -> None:
 class SameFolder:
     """A run's folder that must stay the one it is: where a mount has vanished there is another beneath it."""
 
-    MARKS = ("lock", "config.yaml", "metrics.jsonl", "checkpoints")
-
     def __init__(self, run: Path) -> None:
-        """It is known by what a run has in it, each of which somebody may remove; where there is nothing of
-        that yet, any folder will do."""
+        """Where it is not there yet, any folder will do."""
         self.run = run
-        self._marked = self._is_marked()
-
-    def _is_marked(self) -> bool:
-        return any((self.run / name).exists() for name in self.MARKS)
+        self._then = run.stat() if run.exists() else None
 
     def check(self) -> None:
-        """Raise OSError if it is another."""
-        if self._marked and not self._is_marked():
+        """Raise OSError if it is another: neither the same directory nor, as after a remount, one that holds
+        a run's config."""
+        if self._then is None or (self.run / "config.yaml").is_file():
+            return
+        if not self.run.exists() or not os.path.samestat(self._then, self.run.stat()):
             raise OSError(f"{self.run} no longer holds this run; has its disk been unmounted?")
 
 
@@ -133,12 +130,14 @@ class Lines:
             self._shut()  # a mount that comes back has other handles
 
     def _write(self) -> None:
-        if self._handle is not None and not is_open_at(self._handle, self.path):
+        moved = self._handle is not None and not is_open_at(self._handle, self.path)
+        if moved:
             self._shut()
-            log.warning("%s is not the file it was; new lines go into what is there now", self.path)
         if self._handle is None:
             self._folder.check()
             self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        if moved:
+            log.warning("%s is not the file it was; new lines go into what is there now", self.path)
         while self._waiting:
             del self._waiting[: os.write(self._handle, self._waiting)]
 

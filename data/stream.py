@@ -7,6 +7,8 @@ processes: the loader keeps their batches in order, so the place in the order is
 
 import atexit
 import copy
+import errno
+import multiprocessing
 import os
 import signal
 import threading
@@ -191,13 +193,7 @@ class Stream(Iterator[Batch]):
                 pin_memory=self._pin_memory,
                 timeout=LOOK_S,
             )
-            try:
-                batches = iter(loader)
-            except OSError as error:
-                raise UserError(
-                    f"data.workers: no data worker can be started ({error.strerror or error}); see that "
-                    "/dev/shm can be written, or set data.workers=0"
-                ) from error
+            batches = _started(loader)
         _workers.update(_workers_of(batches))
         if in_main:
             signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
@@ -289,6 +285,22 @@ def _nothing(*_: object) -> None:
     pass
 
 
+def _started(loader: Any) -> Any:
+    """A loader's batches. Where a worker cannot be started, those that were are ended: nobody knows them."""
+    before = set(multiprocessing.active_children())
+    try:
+        return iter(loader)
+    except OSError as error:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        how = "see that /dev/shm can be written, or set data.workers=0"
+        if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE):
+            how = "lower data.workers, or raise the limits of this machine (ulimit -a)"
+        raise UserError(
+            f"data.workers: a data worker cannot be started ({error.strerror or error}); {how}"
+        ) from error
+
+
 def _shared(batch: Any) -> Any:
     """Put a batch's tensors into shared memory. Left to torch a thread of the worker does so, and what fails
     there is a batch that never comes."""
@@ -300,9 +312,12 @@ def _shared(batch: Any) -> Any:
                 value.share_memory_()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
+        how = "make /dev/shm larger (docker run --shm-size)"
+        if os.strerror(errno.EMFILE) in reason:
+            how = "raise the limit of open files (ulimit -n)"
         return Failure(
-            f"data.workers: a batch finds no room in shared memory ({reason}); make /dev/shm larger "
-            "(docker run --shm-size), or lower data.workers or data.prefetch"
+            f"data.workers: a batch cannot be put into shared memory ({reason}); {how}, or lower "
+            "data.workers or data.prefetch"
         )
     return batch
 

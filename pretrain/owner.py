@@ -26,6 +26,7 @@ RESTART_S = 60.0
 """Seconds that a process which torchrun may have started again gives the one before, on whatever host, to
 end."""
 LOOK_S = 1.0
+TAKEN = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -54,6 +55,9 @@ class RunLock:
             handle = self._open()
             try:
                 self._lock(handle)
+            except OSError as error:
+                os.close(handle)
+                raise unwritable(f"out: {self.path}", error) from error
             except UserError:
                 os.close(handle)
                 if time.monotonic() >= end:
@@ -90,20 +94,29 @@ class RunLock:
         os.pwrite(self._handle, json.dumps(who).encode() + b"\n", 0)
 
     def _lock(self, handle: int) -> None:
-        """Raises UserError if another process has it."""
+        """Raises UserError if another process has it, OSError if the file system fails."""
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno in TAKEN:
                 raise UserError(
                     f"{self.folder} is in use by {_holder(handle)}; wait until that has ended, or set out to "
                     "another folder"
                 ) from error
+            if error.errno not in NO_LOCKS:
+                raise
             log.warning(
                 "%s: the file system has no locks (%s); see to it that no other process uses this folder",
                 self.folder,
                 error.strerror,
             )
+
+    def is_another(self) -> bool:
+        """Whether another file stands there than the one that this process has locked."""
+        try:
+            return self._handle is not None and not os.path.samestat(os.fstat(self._handle), self.path.stat())
+        except OSError:
+            return False
 
     def keep(self) -> None:
         """Look, at most once a second, whether the file is still the one that is locked; where somebody has
@@ -113,29 +126,31 @@ class RunLock:
         if self._handle is None or now < self._look_at:
             return
         self._look_at = now + LOOK_S
-        if is_open_at(self._handle, self.path):
-            return
         try:
+            if self.path.exists() and not self.is_another():
+                return
             self._same.check()
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError:  # a disk that is full or gone, of which the next save tells
             return
+        os.close(self._handle)  # before it is locked anew: on one file this gives up that lock, too
+        self._handle = handle
         try:
             self._lock(handle)
+            self._sign()
         except UserError as error:
             os.close(handle)
+            self._handle = None
             raise UserError(f"{self.path} was removed while this run trained, and {error}") from error
-        os.close(self._handle)
-        self._handle = handle
-        with suppress(OSError):
-            self._sign()
+        except OSError as error:
+            log.warning("%s cannot be locked anew (%s)", self.path, error)
 
     def release(self) -> None:
         """Give it back, and leave no folder that has nothing else in it."""
         if self._handle is None:
             return
         with suppress(OSError):  # the folder holds a run, or is no longer there
-            if is_open_at(self._handle, self.path):
+            if not self.is_another():
                 self.path.unlink()
             self.folder.rmdir()
         os.close(self._handle)

@@ -190,7 +190,8 @@ class RunParts:
             with saved.open("rb") as file:
                 atomic_write_bytes(own, file.read(GROUP_BYTES))
         shown = self.config.model_dump(mode="json")
-        return Tracker(self.folder, self.config.tracking, shown, strict=not checkpoint)
+        goes_on = self.folder in Path(checkpoint).parents
+        return Tracker(self.folder, self.config.tracking, shown, strict=not goes_on)
 
     def _stored(self, checkpoint: str) -> list[Path]:
         """Configs that the run may go on with: the folder's own, if something was trained with it, and the
@@ -200,8 +201,9 @@ class RunParts:
         if not saved.is_file() and saved.parent.parent.name == "checkpoints":
             saved = Path(checkpoint).parent.parent / "config.yaml"
         trained = bool(read_metrics(self.folder / "metrics.jsonl"))
-        found = [own] * trained + [saved] * bool(checkpoint)
-        found = [file for file in dict.fromkeys(found) if file.is_file()]
+        goes_on = self.folder in saved.parents
+        counts = {own: trained, saved: bool(checkpoint) and (goes_on or not (trained and own.is_file()))}
+        found = [file for file in counts if counts[file] and file.is_file()]
         if checkpoint and not found and not self.config.resume.force:
             raise UserError(
                 f"resume.start: {checkpoint} has no config.yaml, so that settings cannot be compared; put "

@@ -1,5 +1,6 @@
 """Where a run starts: at its beginning, where it stopped, or at a checkpoint of another run."""
 
+import logging
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from .tracking import read_metrics
 
 __all__ = ["ResumeConfig", "start_from"]
 
+log = logging.getLogger(__name__)
 POLICIES = ("auto", "never", "must")
 
 
@@ -56,7 +58,8 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
             )
         _check_that_none_was_saved(run)
         return None
-    if config.start not in POLICIES and not Path(config.start).expanduser().exists():
+    path = None if config.start in POLICIES else Path(config.start).expanduser()
+    if path is not None and not path.exists() and _near(config.start):
         raise _unknown(config.start)
     without = PARTS if config.allow_partial else ()
     own = newest_or_none(run, without=without)
@@ -66,13 +69,17 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
         raise UserError(
             f"resume: must, but {run} holds no checkpoint; check out, or set resume=auto to start"
         )
-    if own is None and config.start not in POLICIES:
+    if path is None:
+        return own
+    if own is None:
         return _elsewhere(config.start, without)
-    asked = Path(config.start).expanduser().resolve()
-    if own is not None and asked.parent == (run / "checkpoints").resolve() and asked.name != own.name:
-        raise UserError(
-            f"resume.start: {config.start} is of this run, which goes on from {own.name}; set out to another "
-            f"folder to go on from {asked.name} there, or remove what is newer"
+    if path.absolute() != own.absolute():
+        log.warning(
+            "resume.start: %s is passed over, since %s goes on from its own %s; to start from there, set out "
+            "to another folder",
+            config.start,
+            run,
+            own.name,
         )
     return own
 
@@ -99,7 +106,12 @@ def _elsewhere(text: str, without: Collection[str]) -> Path:
     raise _unknown(text)
 
 
+def _near(text: str) -> list[str]:
+    """The policy that this was perhaps meant to be."""
+    return get_close_matches(text, POLICIES, n=1, cutoff=0.6)
+
+
 def _unknown(text: str) -> UserError:
-    near = get_close_matches(text, POLICIES, n=1, cutoff=0.6)
+    near = _near(text)
     hint = f"did you mean {near[0]}?" if near else "give auto, never, must, a run's folder or a checkpoint's"
     return UserError(f"resume.start: {text} is no folder of a run with checkpoints and no checkpoint; {hint}")

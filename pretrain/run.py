@@ -125,25 +125,28 @@ NONE = Changes({}, {})
 
 
 def compare(config: PretrainConfig, stored: Sequence[Path], *, force: bool = False) -> Changes:
-    """What differs from the first of the config files ``stored`` with which ``config`` may go on; none if
-    there is no file.
+    """What differs from the config files ``stored``, with one of which ``config`` may go on: that which the
+    run was started with last, then that of its checkpoint. Nothing if there is no file. Where the first is
+    refused and the second is not, a change is taken back.
 
-    Raises UserError, naming keys and reasons, if it may with none of them: for what may not change, or not
-    without ``force``.
+    Raises UserError, naming keys and reasons, if it may go on with none of them: for what may not change, or
+    not without ``force``.
     """
-    problems: list[UserError] = []
+    problem: UserError | None = None
+    undone: dict[str, tuple[Any, Any]] = {}
     for file in stored:
         try:
             changed = _changed(config, file)
+            undone = undone or changed
             _refuse(changed, file, force=force)
         except UserError as error:
-            problems.append(error)
+            problem = error
             continue
-        told = {key: values for key, values in changed.items() if _told(key)}
-        forced = {key: values for key, values in told.items() if not _is_free(key)}
-        return Changes({key: values for key, values in told.items() if key not in forced}, forced)
-    if problems:
-        raise problems[0]
+        forced = {key: values for key, values in changed.items() if not _is_free(key)}
+        taken = {k: v for k, v in (undone | changed).items() if k not in forced and _told(k)}
+        return Changes(taken, forced)
+    if problem is not None:
+        raise problem
     return NONE
 
 

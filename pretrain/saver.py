@@ -123,6 +123,8 @@ class Saver:
         self.facts, self.texts = dict(facts or {}), dict(texts or {})
         self.tell: Callable[[dict[str, Any]], None] = lambda row: None
         """Gets a row whenever a save has ended or made training wait."""
+        self.is_taken: Callable[[], bool] = lambda: False
+        """Whether another process has taken the run's folder; asked on rank 0, in the thread."""
         self.saved_step = state.step
         """The newest step that is durable; at first the one that the run goes on from."""
         on_rank_0(lambda: _make(run / "checkpoints"))
@@ -227,6 +229,8 @@ class Saver:
         return write()
 
     def _complete(self, now: _Save, files: Files) -> Files:
+        if self.is_taken():
+            raise UserError(f"another process has taken {self.run}")
         files = now.finish(files)
         try:
             keep = self.config.model_dump(include={"keep", "keep_every_steps"})

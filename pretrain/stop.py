@@ -196,7 +196,7 @@ def stop_on_signals(leave: Callable[[str], object] | None = None) -> Generator[S
     listener.start()
     _listening.append(stop)
     if early.came:
-        stop.reason = _reason(early.came[0])
+        stop.reason = _reason(early.came.pop(0))
     try:
         yield stop
     finally:

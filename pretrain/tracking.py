@@ -219,7 +219,9 @@ def _start_wandb(
             return _init(folder, config, run_config, kind, mode)
         except (wandb.Error, OSError, ValueError) as error:
             reason = _told(error)
-            if strict and (mode == "offline" or not isinstance(error, CommError)):
+            # a refused key is a CommError, too, and comes at once
+            away = isinstance(error, CommError) and "timed out" in reason.lower()
+            if strict and not (mode == "online" and away):
                 raise UserError(
                     f"tracking.wandb: cannot start a run {mode} ({reason}); mend that (a login is made with "
                     f"`wandb login`), or set tracking.wandb={'off' if mode == 'offline' else 'offline'}"

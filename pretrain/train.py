@@ -75,6 +75,7 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
             on_rank_0(lambda: begun(lock.take().folder))
             run = _Run(config, device, watch)
             run.show, run.lock = show if run.rank == 0 else None, lock
+            run.saver.is_taken = lock.is_another
             try:
                 return run.go(stop)
             finally:

@@ -12,13 +12,13 @@ code=0
 told=
 child=
 if [[ ! -e $run/finished.json ]]; then
+    trap 'told=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
     rm -f "$run/stopped.json" # of the start before
-    trap 'told=1; [[ -z $child ]] || kill -TERM "$child"' TERM INT HUP
     # in the background, so that a signal to this script is passed on at once
     torchrun --standalone --nproc-per-node "${PROCESSES:-auto}" --max-restarts "${RESTARTS:-3}" \
         -m diptych.pretrain "$@" "out=$run" &
     child=$!
-    [[ -z $told ]] || kill -TERM "$child" # it came before there was one
+    [[ -z $told ]] || kill -TERM "$child" || true # it came before there was one
     wait "$child" || code=$?
     # a trapped signal ends the wait before the child has ended
     while kill -0 "$child" 2>/dev/null; do wait "$child" || code=$?; done
@@ -30,7 +30,7 @@ elif [[ -e $run/stopped.json ]]; then
     echo "stopped: $(cat "$run/stopped.json")"
     exit 75
 elif [[ -n $told ]]; then
-    echo "told to stop, and nothing new was saved (exit code $code)"
+    echo "told to stop, and it left no stopped.json (exit code $code)"
     exit 75
 else
     exit "$((code ? code : 1))"

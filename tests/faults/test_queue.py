@@ -125,7 +125,7 @@ def test_told_to_stop_before_anything_runs_is_a_reason_to_start_again(
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err[-3000:]
-    assert out.endswith("told to stop before the run had begun\n")
+    assert out.endswith("told to stop before its processes had begun\n")
     assert f"requeue {environment['SLURM_JOB_ID']}" in (tmp_path / "asked").read_text()
 
     job = start("torchrun.sh", environment, run, config)
@@ -134,4 +134,4 @@ def test_told_to_stop_before_anything_runs_is_a_reason_to_start_again(
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 75, err[-3000:]
-    assert out.startswith("told to stop, and nothing new was saved (exit code ")
+    assert out.startswith("told to stop, and it left no stopped.json (exit code ")

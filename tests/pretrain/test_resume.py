@@ -75,7 +75,8 @@ def in_child(work: Callable[[], object]) -> None:
             work()
         except UserError as error:
             os.write(write, str(error).encode())
-        os._exit(0)
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     os.close(write)
     with os.fdopen(read) as pipe:

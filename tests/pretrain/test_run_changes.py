@@ -77,6 +77,11 @@ def test_a_forced_change_of_which_nothing_was_saved_can_be_undone(file: Path, ru
         "optim.lr": [2e-3, 0.5],
         "train.total_samples": [4 * BATCH, 6 * BATCH],
     }
+    undone = Path(shutil.copytree(run, run.with_name("undone")))
+    assert train(load(file, undone, SHORT)).step == 4
+    if step:
+        taken = {"optim.lr": [0.5, 2e-3], "train.total_samples": [6 * BATCH, 4 * BATCH]}
+        assert (changes(undone)[-1]["taken"], changes(undone)[-1]["forced"]) == (taken, {})
     if step:  # what was trained with it goes on by the same settings, too
         again = Path(shutil.copytree(run, run.with_name("again")))
         assert train(load(file, again, LONGER, "optim.lr=0.5")).step == 6
@@ -85,9 +90,16 @@ def test_a_forced_change_of_which_nothing_was_saved_can_be_undone(file: Path, ru
         train(load(file, run, SHORT, "optim.lr=0.1"))
 
 
+def test_rows_of_this_run_are_not_mixed_with_another_runs(file: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(Full):
+        train(load(file, tmp_path / "other", SHORT, "seed=7"), Ends(1))
+    with pytest.raises(UserError, match="seed was 7, now 0"):
+        train(load(file, tmp_path / "other", SHORT, f"resume={run}"))
+
+
 def test_a_config_that_was_damaged_is_read_from_the_checkpoint(file: Path, run: Path) -> None:
     (run / "config.yaml").write_text("model: [")
-    with pytest.raises(UserError, match=r"config.yaml is not YAML"):
+    with pytest.raises(UserError, match=r"seed was 0, now 7"):
         train(load(file, run, SHORT, "seed=7"))
     assert train(load(file, run, SHORT)).step == 4
     assert "model: [" not in (run / "config.yaml").read_text()
@@ -113,11 +125,17 @@ def test_an_average_neither_begins_nor_ends_and_nobody_is_told_to_force_it(file:
     assert train(load(file, run, LONGER, "optim.ema_decay=0.99", "resume.force=true")).step == 6
 
 
-def test_an_older_step_of_the_run_itself_is_gone_back_to_elsewhere(file: Path, run: Path) -> None:
+def test_what_resume_names_is_told_to_be_passed_over_once_a_run_has_its_own(
+    file: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older = run / "checkpoints" / "step_00000002"
-    with pytest.raises(UserError, match=r"goes on from step_00000004; set out to another folder"):
-        train(load(file, run, SHORT, f"resume={older}"))
+    gone = run.with_name("pruned") / "checkpoints" / "step_00000009"
+    for given in (older, gone):  # the line that a run began with still starts it again
+        assert train(load(file, run, SHORT, f"resume={given}")).step == 4
+        assert f"{given} is passed over, since {run} goes on from its own step_00000004" in caplog.text
     assert train(load(file, run.with_name("back"), SHORT, f"resume={older}")).step == 4
     assert losses(run.with_name("back")) == losses(run)[2:]
+    caplog.clear()
     newest = newest_checkpoint(run)
     assert train(load(file, run, SHORT, f"resume={newest}")).step == 4
+    assert not caplog.messages

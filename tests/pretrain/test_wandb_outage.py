@@ -1,8 +1,9 @@
 """W&B that cannot be reached, or that refuses: its real client, against a port where nobody listens."""
 
-import os
 import socket
+import threading
 from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import wandb
 
 from diptych.configs.errors import UserError
 from diptych.pretrain import tracking
-from diptych.pretrain.tracking import Tracker, TrackingConfig, read_metrics, track_evaluation
+from diptych.pretrain.tracking import Tracker, TrackingConfig, track_evaluation
 from diptych.pretrain.train import train
 
 from .train_runs import BATCH, load, losses, make_data, write_config
@@ -29,7 +30,7 @@ def nobody_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[N
         monkeypatch.delenv("WANDB_MODE")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        monkeypatch.setattr(tracking, "INIT_S", 2.0)
+        monkeypatch.setattr(tracking, "INIT_S", 8.0)
         wandb.teardown()  # it reads the environment once
         yield
         wandb.teardown()
@@ -67,24 +68,34 @@ def test_a_missing_login_is_told_before_a_run_begins_and_ends_none_that_goes_on(
     assert [row["train/loss"] for row in history(files(tmp_path / "old")[0]) if "train/loss" in row] == [1.5]
 
 
-def test_a_folder_that_takes_no_files_costs_w_and_b_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "wandb_group.txt").write_text("group\n")
-    (tmp_path / "wandb").touch()
-    (tmp_path / "wandb").chmod(0)
-    before = os.environ.copy()
-    tracker = Tracker(tmp_path, TrackingConfig(), {}, strict=False)
-    tracker.log({"kind": "train", "step": 1, "loss": 2.0})
-    tracker.finish()
-    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
-    assert dict(os.environ) == before
+class Refuses(BaseHTTPRequestHandler):
+    """A server that knows no key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_error(401)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
-def test_scores_that_do_not_reach_the_server_are_no_failure_of_evaluate(
+def test_a_refused_key_is_told_before_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(UserError, match=r"cannot start a run online .*tracking.wandb=offline"):
+                Tracker(tmp_path, ONLINE, {})
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_scores_that_w_and_b_does_not_take_are_no_failure_of_evaluate(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result: dict[str, Any] = {key: {} for key in ("retrieval", "zero_shot", "linear_probe")}
     result |= {"checkpoint": "a", "folder": str(tmp_path), "pictures": {"examples": "gone.png"}}
-    track_evaluation(tmp_path, ONLINE, result)
+    track_evaluation(tmp_path, TrackingConfig(), result)
     assert "the scores did not reach W&B (" in caplog.text
