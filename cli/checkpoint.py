@@ -94,13 +94,10 @@ def _scan(folder: str) -> list[Any]:
     return found
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def list_(args: argparse.Namespace) -> int:
     """Say what is there, by manifest and sizes."""
     from ..configs.errors import UserError
+    from ..pretrain.manifest import size_text
 
     found = _scan(args.folder)
     wanted = None
@@ -115,7 +112,7 @@ def list_(args: argparse.Namespace) -> int:
             print(json.dumps(row | {"metrics": metrics}))
             continue
         seen = f"{facts['samples_seen']:,} samples" if "samples_seen" in facts else "samples unknown"
-        words = [f"step {one.step:>8}", seen, str(facts.get("written", "time unknown")), _size(one.bytes)]
+        words = [f"step {one.step:>8}", seen, str(facts.get("written", "time unknown")), size_text(one.bytes)]
         words.append("sizes right" if one.problem is None else f"DAMAGED: {one.problem}")
         best = [name for name in metrics if (name == wanted.metric if wanted else name.endswith("_R@5"))]
         words += [f"{name.removeprefix('val/')} {metrics[name]:.3f}" for name in best]
@@ -159,6 +156,7 @@ def prune(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ..pretrain.checkpoint import remove
+    from ..pretrain.manifest import size_text
     from ..pretrain.manifest import verify as look
     from ..pretrain.retention import superseded
 
@@ -178,8 +176,8 @@ def prune(args: argparse.Namespace) -> int:
     for one in going:
         if args.yes:
             remove(one.folder)
-        print(f"{'removed' if args.yes else 'would remove'} {one.folder} ({_size(one.bytes)})")
-    total = _size(sum(one.bytes for one in going))
+        print(f"{'removed' if args.yes else 'would remove'} {one.folder} ({size_text(one.bytes)})")
+    total = size_text(sum(one.bytes for one in going))
     stay = len(found) - len(going)
     if args.yes or not going:
         print(f"{_several(len(going))} removed ({total}), {stay} stay")

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .unread import still_read
@@ -73,15 +74,31 @@ def _look(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from ..configs.load import load_config
     from ..pretrain.config import PretrainConfig
+    from ..pretrain.run import run_path
     from ..pretrain.stop import exit_code
     from ..pretrain.train import train
 
     config = load_config(PretrainConfig, args.config, args.overrides)
+    if not any(word.startswith("out=") for word in args.overrides):
+        _check_where(Path(args.config), run_path(config))
     with _Console() as console:
         outcome = train(config, console)
     if os.environ.get("RANK", "0") == "0":
         still_read("stdout", lambda: print(_end(outcome), flush=True))
     return exit_code(outcome.reason)
+
+
+def _check_where(file: Path, out: Path) -> None:
+    """What a run wrote says where it was then: moved, it would begin anew at the old place."""
+    from ..configs.errors import UserError
+
+    run = file.parent
+    written = file.name == "config.yaml" and (run / "metrics.jsonl").exists()
+    if written and (run / "checkpoints").is_dir() and out.resolve() != run.resolve():
+        raise UserError(
+            f"out: {file} is of the run in {run}, and says {out}; add out={run} to go on with that run, or "
+            f"out={out} for one there"
+        )
 
 
 def _end(outcome: Any) -> str:

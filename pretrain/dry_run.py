@@ -15,12 +15,13 @@ from .contrastive import contrastive_loss
 from .distributed import world_size
 from .fit import check_fit, check_length, notes
 from .locking import lock
+from .manifest import size_text
 from .model import ContrastiveModel, build_model, image_size, open_clip_config
 
 __all__ = ["dry_run"]
 
 STATE_BYTES = 16  # per trained parameter: fp32 weight, gradient and AdamW's two moments
-WEIGHT_BYTES = 4
+WEIGHT_BYTES, MOMENT_BYTES = 4, 8
 PROBE = 8  # samples
 
 
@@ -76,6 +77,7 @@ def dry_run(config: PretrainConfig) -> Iterator[str]:
     most = " in the dearest stage" if config.stages else ""
     yield f"work: {flops / probe / 1e9:.2f} GFLOP a sample{most}, forward and backward"
     yield from _memory(config, trainable, parameters, saved / probe)
+    yield _disk(config, trainable, parameters)
     yield from _stages(config, own)
     yield from notes(config, clip, world_size())
 
@@ -90,6 +92,13 @@ def _memory(config: PretrainConfig, trainable: int, parameters: int, saved: floa
         f"memory: {weights:.2f} GiB for weights, gradients and optimizer, and {saved / 2**20:.2f} MiB of "
         f"activations a sample ({saved * at_once / 2**30:.2f} GiB {what})"
     )
+
+
+def _disk(config: PretrainConfig, trainable: int, parameters: int) -> str:
+    weights = WEIGHT_BYTES * parameters * (2 if config.optim.ema_decay else 1)
+    size = weights + MOMENT_BYTES * trainable
+    n = config.checkpoint.keep + 1  # the oldest goes when the newest is whole
+    return f"disk: {size_text(size)} a checkpoint, up to {n} at a time: {size_text(n * size)}"
 
 
 def _stages(config: PretrainConfig, own: float) -> Iterator[str]:

@@ -22,7 +22,7 @@ from ..configs.errors import UserError
 from ..configs.files import fsync_folder
 from .tensor_file import FileFacts, hash_file, write_text
 
-__all__ = ["MANIFEST", "SCHEMA", "Found", "NewerCheckpoint", "scan", "seal", "verify"]
+__all__ = ["MANIFEST", "SCHEMA", "Found", "NewerCheckpoint", "scan", "seal", "size_text", "verify"]
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -56,6 +56,11 @@ class _Facts(BaseModel):
 
 class NewerCheckpoint(UserError):
     """A checkpoint of a schema that this version does not know."""
+
+
+def size_text(count: float) -> str:
+    """Bytes in words, as in ``1.25 GB`` or ``3.1 MB``."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class _Damage(Exception):

@@ -22,7 +22,7 @@ from ..configs.errors import UserError, mend, unwritable
 from ..configs.files import SameFolder, fsync_files
 from . import checkpoint, distributed
 from .agree import on_rank_0, together
-from .manifest import scan
+from .manifest import scan, size_text
 from .retention import CheckpointConfig, superseded
 from .snapshot import Files, Snapshot, Stager
 from .state import TrainState
@@ -237,9 +237,17 @@ class Saver:
             found = scan(self.run)
             for old in superseded(found, **keep, keep_best=self.config.keep_best, newest=now.step):
                 checkpoint.remove(old.folder)
+            now.note = self._room(sum(int(entry["bytes"]) for entry in files.values()))
         except (OSError, UserError) as error:  # the checkpoint itself is durable
             now.note = f"an older checkpoint cannot be removed ({error})"
         return files
+
+    def _room(self, size: int) -> str:
+        """What to say where the next checkpoint, which is complete before an older one goes, does not fit."""
+        free = shutil.disk_usage(self.run).free
+        if free >= size:
+            return ""
+        return f"{size_text(free)} are free where the next checkpoint needs {size_text(size)}; make room"
 
     def _go_on(self) -> None:
         """Wait for the threads, exchange what came of them, and do what follows."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -129,6 +131,27 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_nothing_else(
     assert newest.name in ("step_00000002", "step_00000004")
     train(load(config, again, *SHORT))
     assert_same(again, straight)
+
+
+def test_a_disk_without_room_for_the_next_checkpoint_is_told_before_that_fails(
+    mount: Any, config: Path, straight: Path
+) -> None:
+    disk = mount("disk", "-t", "tmpfs", "-o", "size=96m", "tmpfs")
+    run, ballast = disk / "run", disk / "ballast"
+    newest = newest_checkpoint(straight)
+    assert newest is not None
+    size = sum(file.stat().st_size for file in newest.iterdir())
+
+    def tighten() -> None:
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - size * 3 // 2))
+
+    train(load(config, run, *SHORT), At(step_1=tighten, step_5=ballast.unlink))
+    first, second, *_ = rows(run, "checkpoint")
+    told = r"[\d.]+ MB are free where the next checkpoint needs [\d.]+ MB; make room"
+    assert first["saved_step"] == 2
+    assert re.fullmatch(told, first["warning"])
+    assert "No space left on device" in second["warning"]
+    assert_same(run, straight)
 
 
 def test_too_many_failures_stop_a_run(mount: Any, config: Path) -> None:

@@ -1,5 +1,6 @@
 """What --dry-run tells is what the run would be."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from diptych.configs.errors import UserError
 from diptych.pretrain.dry_run import dry_run
 from diptych.pretrain.model import build_model
+from diptych.pretrain.train import train
 
 from .train_runs import BATCH, load, make_data, write_config
 
@@ -25,6 +27,13 @@ def test_sizes_steps_and_work_are_those_of_the_run(tmp_path: Path) -> None:
     assert f"image uint8 [{BATCH}, 3, 16, 16]" in text
     assert f"{16 * (images + texts) / 2**30:.2f} GiB for weights" in text
     assert not (tmp_path / "run").exists()
+    run = train(load(path, tmp_path / "run", f"train.total_samples={BATCH}")).folder
+    tensors = run.glob("checkpoints/*/[!r]*.safetensors")  # all but the random states
+    size = sum(file.stat().st_size for file in tensors)
+    told = re.search(r"disk: ([\d.]+) MB a checkpoint, up to 3 at a time: ([\d.]+) MB", text)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(size / 1e6, rel=0.02)
+    assert float(told[2]) == pytest.approx(3 * size / 1e6, rel=0.02)
 
 
 def test_more_work_and_memory_are_told_for_a_larger_model(tmp_path: Path) -> None:

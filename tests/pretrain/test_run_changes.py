@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from diptych.cli.main import main
 from diptych.configs.errors import UserError
 from diptych.pretrain.checkpoint import newest_checkpoint
 from diptych.pretrain.train import train
@@ -139,3 +140,15 @@ def test_what_resume_names_is_told_to_be_passed_over_once_a_run_has_its_own(
     newest = newest_checkpoint(run)
     assert train(load(file, run, SHORT, f"resume={newest}")).step == 4
     assert not caplog.messages
+
+
+def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(
+    file: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = run.rename(tmp_path / "moved")
+    words = ["pretrain", str(moved / "config.yaml")]
+    assert main(words) == 2
+    assert f"says {run}; add out={moved} to go on with that run" in capsys.readouterr().err
+    assert not run.exists()
+    assert main([*words, f"out={moved}"]) == 0
+    assert main(words) == 0  # it knows where it is, now
