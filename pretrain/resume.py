@@ -73,7 +73,7 @@ def start_from(config: ResumeConfig, run: Path) -> Path | None:
         return own
     if own is None:
         return _elsewhere(config.start, without)
-    if path.absolute() != own.absolute():
+    if path.absolute() not in (own.absolute(), run.absolute()):
         log.warning(
             "resume.start: %s is passed over, since %s goes on from its own %s; to start from there, set out "
             "to another folder",
