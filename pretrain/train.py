@@ -81,6 +81,8 @@ def train(config: PretrainConfig, show: Show | None = None) -> Outcome:
             finally:
                 run.close()
         except (Stopped, RuntimeError):  # the latter where another rank was told, and has left
+            with suppress(Stopped):  # a signal of its own may follow
+                stop.closed()
             if not (stop.starting and stop.heard()):
                 raise
             stop.saved = True

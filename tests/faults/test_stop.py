@@ -5,16 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+import torch
 
+from diptych.pretrain import distributed, meeting
 from diptych.pretrain.checkpoint import newest_checkpoint, read_tensors
+from diptych.pretrain.stop import LOOK_S
+from diptych.pretrain.train import train
 
 from ..data.object_store import BUCKET, Fault, Proxy, s3_server, upload
-from ..pretrain.train_runs import finish, launch, losses, make_data, write_config
+from ..pretrain.train_runs import finish, launch, load, losses, make_data, write_config
 
 SOON_S = 25.0
 """Within which all have saved: torchrun's 30 s, less what a busy machine takes."""
@@ -219,6 +224,22 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(
     assert marker(out)["checkpoint"] == f"checkpoints/step_{step:08d}"
     finish(launch(config, out, 2))
     assert_same(out, straight)
+
+
+def test_a_signal_of_its_own_after_word_from_another_is_no_failure(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has left, so that what they did together fails; then the signal comes here, too."""
+
+    def fails(*arguments: object, **named: object) -> torch.device:
+        threading.Timer(LOOK_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        monkeypatch.setattr(meeting, "noticed", lambda key: "SIGTERM")
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(distributed, "setup", fails)
+    outcome = train(load(config, tmp_path / "run"))
+    assert (outcome.step, outcome.reason) == (0, "SIGTERM")
+    assert marker(tmp_path / "run")["reason"] == "SIGTERM"
 
 
 EARLY = """
