@@ -5,18 +5,19 @@ keys are errors, the latter with the nearest known name.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from .errors import UserError
 
-__all__ = ["StrictModel", "load_config", "read_yaml", "to_yaml"]
+__all__ = ["FolderName", "StrictModel", "load_config", "read_yaml", "to_yaml"]
 
 Json = dict[str, Any]
 
@@ -31,6 +32,14 @@ class StrictModel(BaseModel):
     """Of a whole config: dotted keys of earlier versions, and where they stand now."""
 
 
+def _as_path(value: Any) -> Any:
+    """A number may be a folder's name (``out=$SLURM_JOB_ID``), and no shell expands ``out=~/runs``."""
+    text = str(value) if type(value) is int else value
+    return os.path.expanduser(text) if isinstance(text, str) else text
+
+
+FolderName = Annotated[str, BeforeValidator(_as_path)]
+"""A folder to write into; ``~`` is the home folder."""
 Config = TypeVar("Config", bound=StrictModel)
 MOST_LETTERS, MOST_VALUES = 1 << 20, 100_000
 """More than any config: what is larger was made to fill the memory."""

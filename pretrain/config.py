@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..configs.load import StrictModel
+from ..configs.load import FolderName, StrictModel
 from ..data.config import DataConfig
 from .contrastive import LossConfig
 from .guard_config import GuardConfig
@@ -83,7 +83,7 @@ class PretrainConfig(StrictModel):
     }
     name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The run's name; its folder is ``runs/NAME`` unless ``out`` says otherwise."""
-    out: str | None = None
+    out: FolderName | None = None
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     stages: tuple[Stage, ...] = ()

@@ -21,6 +21,7 @@ __all__ = [
     "FIXED",
     "FREE",
     "GUARDED",
+    "LINES",
     "NONE",
     "Changes",
     "compare",
@@ -29,6 +30,8 @@ __all__ = [
     "write_config",
 ]
 
+LINES = ("metrics.jsonl", "quarantine.jsonl", "bad_steps.jsonl", "changes.jsonl")
+"""Files of a run to which lines are added."""
 # what may change between one start of a run and the next: what ordinary steps depend on by rounding at most
 FREE = (
     "name",
@@ -183,6 +186,9 @@ def write_config(config: PretrainConfig, folder: Path, changes: Changes, step: i
 
     Raises UserError if the folder cannot be written.
     """
+    for name in LINES:
+        if (folder / name).is_dir():
+            raise UserError(f"out: {folder / name} is a folder, and the run writes a file there; remove it")
     try:
         if changes.lines():
             row = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **asdict(changes)}
@@ -190,7 +196,7 @@ def write_config(config: PretrainConfig, folder: Path, changes: Changes, step: i
                 file.write(json.dumps(row) + "\n")
         atomic_write_text(folder / "config.yaml", to_yaml(config))
     except OSError as error:
-        raise unwritable(f"out: {folder}", error) from error
+        raise unwritable(f"out: {error.filename2 or error.filename or folder}", error) from error
 
 
 def config_hash(config: PretrainConfig) -> str:

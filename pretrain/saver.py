@@ -24,13 +24,13 @@ from . import checkpoint, distributed
 from .agree import on_rank_0, together
 from .manifest import scan, size_text
 from .retention import CheckpointConfig, superseded
+from .run import LINES
 from .snapshot import Files, Snapshot, Stager
 from .state import TrainState
 
 __all__ = ["Saver", "require_shared"]
 
 LAST_PAUSES_S = (1.0, 3.0, 9.0, 27.0)  # before each attempt at the end of a run, if one has failed
-LINES = ("metrics.jsonl", "quarantine.jsonl", "bad_steps.jsonl", "changes.jsonl")
 NOTABLE_S = 0.1  # a shorter wait is not worth a word
 
 
@@ -50,7 +50,8 @@ class _Job:
         try:
             self.files = work()
         except OSError as error:
-            self.problem, self.mend = str(error), mend(error, elsewhere=False) or "mend that"
+            other = "mend that" if error.errno else "bring it back"  # the run's folder
+            self.problem, self.mend = str(error), mend(error, elsewhere=False) or other
         except UserError as error:
             self.problem, self.mend = str(error), "mend that"
         except BaseException as error:  # a mistake of ours, raised where the loop is

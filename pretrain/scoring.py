@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from ..configs.errors import UserError
-from ..configs.load import StrictModel
+from ..configs.load import FolderName, StrictModel
 from ..data.shards import DamagedSample, ShardSet, open_shards
 from . import zero_shot
 from .encode import Encoded, encode_images
@@ -49,7 +49,7 @@ class EvaluateConfig(StrictModel):
     batch_size: int = Field(default=256, ge=1)
     device: str = "auto"
     seed: int = 0
-    out: str | None = None
+    out: FolderName | None = None
     """Folder for evaluate.json and evaluate/; null takes the run's folder, else runs/evaluate-NAME."""
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ...configs.load import StrictModel
+from ...configs.load import FolderName, StrictModel
 from ...pretrain.tracking import TrackingConfig
 from .adapt import AdaptConfig, of_encoders
 from .head import OPTIONS, HeadConfig
@@ -141,7 +141,7 @@ class FinetuneConfig(StrictModel):
 
     name: str = Field(default="finetune", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The run's name; its folder is ``runs/NAME`` unless ``out`` says otherwise."""
-    out: str | None = None
+    out: FolderName | None = None
     task: TaskConfig
     data: LabelledDataConfig
     model: SourceConfig

@@ -2,6 +2,7 @@
 told of forced ones."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 
 from diptych.cli.main import main
 from diptych.configs.errors import UserError
+from diptych.configs.load import load_config
 from diptych.pretrain.checkpoint import newest_checkpoint
+from diptych.pretrain.config import PretrainConfig
+from diptych.pretrain.run import run_path
 from diptych.pretrain.train import train
 
 from .train_runs import BATCH, load, losses, make_data, write_config
@@ -106,6 +110,14 @@ def test_a_config_that_was_damaged_is_read_from_the_checkpoint(file: Path, run: 
     assert "model: [" not in (run / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "bad_steps.jsonl"])
+def test_a_folder_in_the_place_of_a_runs_file_is_named(name: str, file: Path, run: Path) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    with pytest.raises(UserError, match=rf"out: {re.escape(str(run / name))} "):
+        train(load(file, run, LONGER, "resume.force=true"))
+
+
 def test_other_data_that_is_forced_is_written_down(file: Path, run: Path) -> None:
     other = make_data(run.with_name("data"))
     shutil.rmtree(other / "train")
@@ -152,3 +164,9 @@ def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(
     assert not run.exists()
     assert main([*words, f"out={moved}"]) == 0
     assert main(words) == 0  # it knows where it is, now
+
+
+def test_out_may_be_a_number_or_begin_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    for word, folder in (("out=4711", "4711"), ("out=~/runs/a", "/home/ada/runs/a"), ("out=a~b", "a~b")):
+        assert run_path(load_config(PretrainConfig, file, [word])) == Path(folder)
