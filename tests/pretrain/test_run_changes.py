@@ -166,7 +166,10 @@ def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(
     assert main(words) == 0  # it knows where it is, now
 
 
-def test_out_may_be_a_number_or_begin_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
-    for word, folder in (("out=4711", "4711"), ("out=~/runs/a", "/home/ada/runs/a"), ("out=a~b", "a~b")):
-        assert run_path(load_config(PretrainConfig, file, [word])) == Path(folder)
+def test_out_may_be_a_number_or_begin_at_home(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"out=4711": Path("4711"), "out=~/runs/a": tmp_path / "runs/a", "out=a~b": Path("a~b")}
+    for word, folder in given.items():
+        assert run_path(load_config(PretrainConfig, file, [word])) == folder
