@@ -39,7 +39,7 @@ from diptych.data.writer import ShardWriter
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "faults"))
-from killing import Forker  # noqa: E402 # which the tests use, too
+from killing import Forker  # noqa: E402 # lies where the line above points
 
 KINDS = ("diptych", "open_clip", "accelerate")
 EVERY, FAULT_STEP, SHARES = 4, 19, (0.2, 0.5, 0.8)
